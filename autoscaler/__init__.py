@@ -1,0 +1,1 @@
+"""One signal, two pools: the coordinated autoscaler."""

@@ -1,0 +1,1 @@
+"""Shared words and what runs where: config, messages, engines, workers, controller."""

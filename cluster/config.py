@@ -1,0 +1,202 @@
+"""The one configuration tree: a strict, frozen model loaded from one YAML file.
+
+Unknown keys are refused with their path and the nearest valid key. Defaults exist here and
+nowhere else; each part receives its own section.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from cluster.errors import ConfigError
+
+BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "models" / "tandem-tiny"
+
+Count = Annotated[int, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and strict about what it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+
+
+class ModelSection(Section):
+    """What is served, and how each engine is built; both pools get the same engine."""
+
+    path: str = Field(str(BUNDLED_MODEL), description="Hugging Face folder or name")
+    served_name: str | None = Field(None, description="name in the API; default: folder name")
+    engine: Literal["vllm", "simulated"] = Field("vllm", description="engine implementation")
+    dtype: str = Field("auto", description="weights and KV dtype, as vLLM takes it")
+    max_model_len: Count | None = Field(None, description="context in tokens; default: model's")
+    block_size: Count | None = Field(None, description="tokens per KV block; default: engine's")
+    chunk_tokens: Count = Field(2048, description="prompt tokens computed per step")
+    max_num_seqs: Count = Field(64, description="requests batched per step")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, description="KV cache per worker in GiB; default: 1 on CPU, vLLM's on GPU"
+    )
+    seed: int = Field(0, description="engine seed")
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict, description="further vLLM engine arguments, by their Python name"
+    )
+    frontend_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="vLLM front-end arguments by their Python name: tool_call_parser, chat_template",
+    )
+
+    @property
+    def kv_cache_bytes(self) -> int | None:
+        """Bytes of KV cache per worker, None for the engine's own choice."""
+        return None if self.kv_cache_gib is None else int(self.kv_cache_gib * 2**30)
+
+    @property
+    def name(self) -> str:
+        """The model's name in the API."""
+        return self.served_name or Path(self.path).name
+
+
+class PoolSection(Section):
+    """One pool of workers."""
+
+    workers: Count = Field(1, description="workers in this pool")
+    cpus_per_worker: Count = Field(1, description="cores pinned to each worker's engine")
+    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs per worker")
+
+
+class HandoffSection(Section):
+    """How KV caches change owner."""
+
+    lease_s: Seconds = Field(30.0, description="held blocks are freed this long after last use")
+    chunk_bytes: Count = Field(4 << 20, description="payload bytes per message, about")
+    reads_in_flight: Count = Field(4, description="chunks a consumer asks for ahead")
+    checksum: bool = Field(True, description="checksum every chunk (xxh3-64)")
+    stall_timeout_s: Seconds = Field(3.0, description="a pull without progress fails after this")
+    bind_host: str = Field("127.0.0.1", description="address the KV plane listens on")
+
+
+class RouterSection(Section):
+    """The HTTP endpoint and admission."""
+
+    host: str = Field("127.0.0.1", description="address the endpoint listens on")
+    port: int = Field(8000, ge=1, le=65535, description="port the endpoint listens on")
+    replicas: Count = Field(1, description="router replicas")
+    proxy: Literal["haproxy", "serve"] = Field(
+        "haproxy", description="HTTP proxy of a Ray started here; docs/deployment.md compares them"
+    )
+    max_body_bytes: Count = Field(8 << 20, description="larger request bodies get 413")
+    request_deadline_s: Seconds = Field(600.0, description="a request is ended after this")
+    max_queued: Count = Field(1024, description="requests waiting for placement; more get 429")
+    prefills_per_worker: Count = Field(8, description="prompts in flight per prefill worker")
+    decodes_per_worker: Count = Field(256, description="streams in flight per decode worker")
+    local_prefill_tokens: Annotated[int, Field(ge=0)] = Field(
+        1, description="prompts up to this length are prefilled on the decode worker"
+    )
+    recovery: Literal["elsewhere", "none"] = Field(
+        "elsewhere", description="after a failed hand-off: prefill again elsewhere, else local"
+    )
+    max_attempts: Count = Field(4, description="placements tried per request")
+    worker_timeout_s: Seconds = Field(3.0, description="a silent worker is lost after this")
+    records: Count = Field(2000, description="request records kept for look-up")
+
+
+class SimulatedSection(Section):
+    """Timing model of the simulated engine."""
+
+    prefill_tokens_per_s: Annotated[float, Field(gt=0)] = Field(20_000.0)
+    decode_step_s: Seconds = Field(0.01, description="time of a decode step with one request")
+    decode_step_per_request_s: Annotated[float, Field(ge=0)] = Field(0.0002)
+    num_blocks: Count = Field(512, description="KV blocks per simulated worker")
+    block_bytes: Count = Field(4096, description="bytes per simulated KV block")
+
+
+class ClusterSection(Section):
+    """Which Ray cluster, under which name."""
+
+    name: str = Field("tandem", pattern=r"^[a-z][a-z0-9-]{0,30}$", description="deployment name")
+    address: str | None = Field(None, description="existing Ray cluster; default: start one")
+    warmup: bool = Field(True, description="new workers must pass a warm-up hand-off")
+    start_timeout_s: Seconds = Field(300.0, description="workers must be ready within this")
+    drain_s: Seconds = Field(5.0, description="running requests may take this long to end at stop")
+
+
+class TandemConfig(Section):
+    """The whole tree."""
+
+    cluster: ClusterSection = ClusterSection()
+    model: ModelSection = ModelSection()
+    prefill: PoolSection = PoolSection()
+    decode: PoolSection = PoolSection()
+    router: RouterSection = RouterSection()
+    handoff: HandoffSection = HandoffSection()
+    simulated: SimulatedSection = SimulatedSection()
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """Return the section class an annotation holds, None for a leaf."""
+    origin = typing.get_origin(annotation)
+    parts = typing.get_args(annotation) if origin in (types.UnionType, typing.Union) else ()
+    for part in parts or (annotation,):
+        if isinstance(part, type) and issubclass(part, Section):
+            return part
+    return None
+
+
+def _unknown_keys(section: type[Section], document: Any, path: str) -> Iterator[str]:
+    if not isinstance(document, Mapping):
+        return
+    for key, value in document.items():
+        field = section.model_fields.get(str(key))
+        if field is None:
+            nearest = difflib.get_close_matches(str(key), section.model_fields, n=1, cutoff=0.0)
+            yield f"unknown key {path}{key!s} (nearest valid key: {path}{nearest[0]})"
+        elif inner := section_of(field.annotation):
+            yield from _unknown_keys(inner, value, f"{path}{key}.")
+
+
+def parse_config(document: Any) -> TandemConfig:
+    """Return the configuration `document` describes; raise `ConfigError` naming every fault."""
+    if not isinstance(document or {}, Mapping):
+        raise ConfigError("the configuration must be a mapping of sections")
+    unknown = list(_unknown_keys(TandemConfig, document or {}, ""))
+    if unknown:
+        raise ConfigError("; ".join(unknown))
+    try:
+        return TandemConfig.model_validate(document or {})
+    except ValidationError as error:
+        faults = (
+            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
+            f" (got {fault['input']!r})"
+            for fault in error.errors()
+        )
+        raise ConfigError("; ".join(faults)) from None
+
+
+def load_config(path: Path) -> TandemConfig:
+    """Return the configuration in the YAML file at `path`; raise `ConfigError`."""
+    try:
+        document = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    try:
+        return parse_config(document)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `base` with `changes` laid over it, section by section."""
+    merged = dict(base)
+    for key, value in changes.items():
+        below = merged.get(key)
+        both = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = merge(typing.cast(Any, below), value) if both else value
+    return merged

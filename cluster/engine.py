@@ -1,0 +1,109 @@
+"""What a worker asks of an engine; vLLM and the simulated engine fill it.
+
+An engine is driven from one asyncio loop. `submit` never blocks on computation: everything
+an engine has to say about a request arrives from `outputs`, in order, and ends with exactly
+one output whose `finish_reason` is set.
+"""
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cluster.messages import Offer, PrefillStats, Receipt
+from cluster.names import FinishReason, HandoffId, RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFacts:
+    """What is fixed once an engine is ready."""
+
+    model: str
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    vocab_size: int
+    epoch: int
+    fingerprint: str
+    is_simulated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """One leg of a request. `produce` holds the KV cache after one greedy token; `consume`
+    pulls it. At most one of the two is set; with neither the engine prefills and decodes."""
+
+    request_id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    sampling: Mapping[str, object]
+    produce: HandoffId | None = None
+    consume: Offer | None = None
+    cache_salt: str | None = None
+    priority: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutput:
+    """One request's news from one engine step.
+
+    `offer` comes with the finish of a producing request, `handoff_error` with the `ERROR`
+    finish of a consuming one whose KV cache did not arrive.
+    """
+
+    request_id: RequestId
+    token_ids: tuple[int, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    logprobs: Mapping[str, object] | None = None
+    prompt_logprobs: Mapping[str, object] | None = None
+    stats: PrefillStats | None = None
+    offer: Offer | None = None
+    receipt: Receipt | None = None
+    handoff_error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """Read from the engine's own scheduler and block pool at the time of the call.
+
+    `counts` are the KV plane's totals by kind: hand-offs ended, reads refused, chunks rejected.
+    """
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    num_held_blocks: int
+    num_held_handoffs: int
+    counts: Mapping[str, int]
+
+
+class EngineDead(Exception):
+    """The engine's processes are gone or stopped answering; the worker cannot go on."""
+
+
+class HandoffWords(Protocol):
+    """How an engine's connector spells hand-offs in a request's parameters."""
+
+    def produce_params(self, handoff_id: HandoffId) -> dict[str, Any]: ...
+
+    def consume_params(self, offer: Offer) -> dict[str, Any]: ...
+
+    def offered(self, params: Mapping[str, Any] | None) -> Offer | None: ...
+
+
+class Engine(Protocol):
+    """Raises `EngineDead` from any method once the engine cannot go on."""
+
+    async def start(self) -> EngineFacts: ...
+
+    async def submit(self, request: EngineRequest) -> None: ...
+
+    def outputs(self) -> AsyncIterator[Sequence[EngineOutput]]: ...
+
+    async def abort(self, request_ids: Sequence[RequestId]) -> None: ...
+
+    async def release(self, handoff_ids: Sequence[HandoffId]) -> None: ...
+
+    async def load(self) -> EngineLoad: ...
+
+    async def stop(self) -> None: ...

@@ -1,0 +1,41 @@
+"""Errors grouped by what the caller can do next; HTTP status is chosen in `router/app.py`."""
+
+
+class TandemError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class ConfigError(TandemError):
+    """The operator's configuration is wrong; fix it and start again."""
+
+
+class RetryElsewhere(TandemError):
+    """This worker cannot serve the request; another one may."""
+
+
+class WorkerLost(RetryElsewhere):
+    """The worker stopped answering or its engine died."""
+
+
+class HandoffFailed(RetryElsewhere):
+    """The KV cache did not arrive intact; prefill again elsewhere or locally."""
+
+
+class Overloaded(TandemError):
+    """No room now; retry after `retry_after_s`."""
+
+    def __init__(self, message: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Unavailable(TandemError):
+    """No worker can serve the request; the deployment is not ready or has lost a pool."""
+
+
+class DeadlineExceeded(TandemError):
+    """The request ran past its deadline and was ended on both sides."""
+
+
+class RequestInvalid(TandemError):
+    """The client's request cannot be served as written."""

@@ -1,0 +1,175 @@
+"""The request and token plane: every message between a router and a worker, in flow order.
+
+Routers hold a DEALER per worker, workers one ROUTER; one ZeroMQ frame per message, several
+messages per multipart. `PROTOCOL_VERSION` history:
+
+1. first version.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, WorkerId
+from cluster.wire import Codec
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What a producer says of a KV cache it holds; carried unread from prefill to decode.
+
+    `endpoints` has one KV-plane address per tensor-parallel rank. `epoch` names one life of
+    the producer's engine and `fingerprint` its block layout; a read that differs in either is
+    refused. `lease_s` is a duration: clocks are never compared across machines.
+    """
+
+    handoff_id: HandoffId
+    worker_id: WorkerId
+    epoch: int
+    fingerprint: str
+    endpoints: tuple[str, ...]
+    num_tokens: int
+    num_blocks: int
+    lease_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """Router to worker, every second: silence of 3 s aborts the router's requests."""
+
+    router_id: RouterId
+
+
+@dataclass(frozen=True, slots=True)
+class Prefill:
+    """Router to worker: run the prompt, hold its KV cache under `handoff_id`."""
+
+    request_id: RequestId
+    handoff_id: HandoffId
+    prompt_token_ids: tuple[int, ...]
+    cache_salt: str | None
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decode:
+    """Router to worker: generate; pull the prompt's KV cache from `offer` unless it is None.
+
+    `sampling` is vLLM's `SamplingParams` as a document; the simulated engine reads
+    `max_tokens` and `ignore_eos` of it.
+    """
+
+    request_id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    sampling: Mapping[str, object]
+    offer: Offer | None
+    cache_salt: str | None
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """Router to worker: end this request's leg here and free its blocks, held ones too."""
+
+    request_id: RequestId
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Worker to router: not taken; decide again. Never an error of the client's."""
+
+    request_id: RequestId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillStats:
+    """The engine's own count of where a leg's prompt tokens came from."""
+
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    num_local_cached_tokens: int
+    num_transferred_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """Worker to router: the prompt is computed and held."""
+
+    request_id: RequestId
+    offer: Offer
+    stats: PrefillStats
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What the decode side received, beside what the producer says it sent."""
+
+    num_blocks: int
+    received_bytes: int
+    produced_bytes: int
+    transfer_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Worker to router: newly generated tokens of one request.
+
+    `logprobs` and `prompt_logprobs` are documents shaped as vLLM's `LogprobsLists`; `stats` is
+    on the first message and `receipt`, where KV was pulled, on one message of the request.
+    """
+
+    request_id: RequestId
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    logprobs: Mapping[str, object] | None = None
+    prompt_logprobs: Mapping[str, object] | None = None
+    stats: PrefillStats | None = None
+    receipt: Receipt | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Worker to router: the leg ended without finishing; `kind` says what may be done."""
+
+    request_id: RequestId
+    kind: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSnapshot:
+    """Worker to router, in answer to each heartbeat: the worker's own view of its load."""
+
+    worker_id: WorkerId
+    role: Role
+    epoch: int
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_free_blocks: int
+    num_held_blocks: int
+    num_held_handoffs: int
+    num_requests: int
+    counts: Mapping[str, object]
+
+
+CODEC = Codec(
+    PROTOCOL_VERSION,
+    {
+        1: Heartbeat,
+        2: Prefill,
+        3: Decode,
+        4: Cancel,
+        5: Rejected,
+        6: Prefilled,
+        7: Tokens,
+        8: Failed,
+        9: WorkerSnapshot,
+    },
+)
+
+RouterMessage = Heartbeat | Prefill | Decode | Cancel
+WorkerMessage = Rejected | Prefilled | Tokens | Failed | WorkerSnapshot

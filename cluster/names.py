@@ -1,0 +1,36 @@
+"""The nouns every part shares: identifiers, roles, legs and stages."""
+
+import enum
+from typing import NewType
+
+RequestId = NewType("RequestId", str)
+WorkerId = NewType("WorkerId", str)
+RouterId = NewType("RouterId", str)
+HandoffId = NewType("HandoffId", str)
+
+
+class Role(enum.StrEnum):
+    """Which pool a worker serves in."""
+
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Stage(enum.StrEnum):
+    """Where a request is, as its record shows it."""
+
+    QUEUED = "queued"
+    PREFILL = "prefill"
+    TRANSFER = "transfer"
+    DECODE = "decode"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.StrEnum):
+    """Why a leg ended; the first three are the client's `finish_reason` values."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    REPETITION = "repetition"
+    ABORT = "abort"
+    ERROR = "error"

@@ -1,0 +1,281 @@
+"""Sockets of the request and token plane: a ROUTER per worker, a DEALER per router and worker.
+
+Both ends share the rule that every message is one frame and a multipart carries several. A
+frame that is not a valid message is dropped and counted; it never reaches a request.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from types import TracebackType
+from typing import Self
+
+import zmq
+import zmq.asyncio
+
+from cluster.errors import HandoffFailed, TandemError, WorkerLost
+from cluster.messages import (
+    CODEC,
+    Cancel,
+    Decode,
+    Failed,
+    Heartbeat,
+    Prefill,
+    Prefilled,
+    Rejected,
+    RouterMessage,
+    Tokens,
+    WorkerMessage,
+    WorkerSnapshot,
+)
+from cluster.metrics import MALFORMED_FRAMES
+from cluster.names import RequestId, RouterId, WorkerId
+from cluster.wire import MAX_FRAME_BYTES, WireError
+
+HEARTBEAT_S = 1.0
+_MAX_FRAMES = 4096
+
+logger = logging.getLogger(__name__)
+
+
+def _decode_all(frames: Sequence[bytes], plane: str) -> list[object]:
+    messages: list[object] = []
+    for frame in frames[:_MAX_FRAMES]:
+        try:
+            messages.append(CODEC.decode(frame))
+        except WireError as error:
+            MALFORMED_FRAMES.labels(plane).inc()
+            logger.warning("dropped a malformed frame on the %s plane: %s", plane, error)
+    return messages
+
+
+class WorkerSocket:
+    """The worker's end: one bound ROUTER; peers are named by their ZeroMQ identity."""
+
+    def __init__(self, context: zmq.asyncio.Context, host: str) -> None:
+        self._socket = context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        # A router that restarts under its old identity must take its connection over.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        port = self._socket.bind_to_random_port(f"tcp://{host}")
+        self.endpoint = f"tcp://{host}:{port}"
+
+    async def receive(self) -> AsyncIterator[tuple[bytes, RouterMessage]]:
+        """Yield (peer, message) until the socket is closed."""
+        while not self._socket.closed:
+            peer, *frames = await self._socket.recv_multipart()
+            for message in _decode_all(frames, "request"):
+                if isinstance(message, Heartbeat | Prefill | Decode | Cancel):
+                    yield peer, message
+
+    async def send(self, peer: bytes, messages: Sequence[WorkerMessage]) -> None:
+        """Send to `peer`; a peer that is gone is dropped by ZeroMQ, its silence noticed."""
+        await self._socket.send_multipart([peer, *map(CODEC.encode, messages)])
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Leg:
+    """One request's conversation with one worker; closing it early cancels it there."""
+
+    def __init__(self, link: "WorkerLink", request_id: RequestId) -> None:
+        self._link = link
+        self.request_id = request_id
+        self._inbox: asyncio.Queue[WorkerMessage | TandemError] = asyncio.Queue()
+        self._consumer: Leg | None = None
+        self._has_tokens = False
+        self._is_done = False
+
+    def deliver(self, message: WorkerMessage | TandemError) -> None:
+        self._has_tokens = self._has_tokens or isinstance(message, Tokens)
+        self._inbox.put_nowait(message)
+        if self._consumer is not None:
+            self._consumer.lose_producer(self._link.worker_id)
+
+    def tie(self, consumer: "Leg") -> None:
+        """Tell `consumer`, which pulls the blocks held here, if this worker gives them up.
+
+        After `Prefilled` a worker has nothing more to say, so whatever else is delivered here
+        means that the blocks are gone.
+        """
+        self._consumer = consumer
+        if not self._inbox.empty():
+            consumer.lose_producer(self._link.worker_id)
+
+    def lose_producer(self, producer: WorkerId) -> None:
+        """Fail the hand-off unless tokens prove that the blocks have arrived."""
+        if not self._has_tokens:
+            self.deliver(HandoffFailed(f"prefill worker {producer} gave up the blocks it held"))
+
+    async def receive(self) -> WorkerMessage:
+        """Return the next message; raise `WorkerLost` if the worker is gone."""
+        message = await self._inbox.get()
+        if isinstance(message, TandemError):
+            # The worker may be alive and only have been silent, so closing still cancels.
+            raise message
+        if isinstance(message, Rejected | Failed):
+            self._is_done = True
+        if isinstance(message, Tokens) and message.finish_reason is not None:
+            self._is_done = True
+        return message
+
+    def fail(self, error: TandemError) -> None:
+        """Close the leg from this side; `receive` raises `error` whatever has arrived."""
+        self.close()
+        while not self._inbox.empty():
+            self._inbox.get_nowait()
+        self._inbox.put_nowait(error)
+
+    def close(self) -> None:
+        """Forget the leg; tell the worker to end it and free its blocks unless it has ended.
+
+        A prefill leg never ends by itself: its blocks stay held until pulled, so closing one
+        whose blocks were pulled is a cancel the worker ignores.
+        """
+        self._link.forget(self.request_id)
+        if not self._is_done:
+            self._is_done = True
+            self._link.send(Cancel(self.request_id))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class WorkerLink:
+    """The router's end of one worker: legs by request, heartbeats, and the loss of the worker.
+
+    `snapshot` is the worker's latest answer to a heartbeat. After `timeout_s` without any
+    message the link is lost: every open leg raises `WorkerLost`, and so does every new one,
+    until the worker answers again. `on_change` is called when the link is lost, and when a
+    snapshot shows another worker, role or life than the one before.
+    """
+
+    def __init__(
+        self,
+        context: zmq.asyncio.Context,
+        router_id: RouterId,
+        worker_id: WorkerId,
+        endpoint: str,
+        timeout_s: float,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.worker_id = worker_id
+        self.endpoint = endpoint
+        self.snapshot: WorkerSnapshot | None = None
+        self.is_lost = False
+        self._router_id = router_id
+        self._timeout_s = timeout_s
+        self._on_change = on_change
+        self._heard_s = asyncio.get_running_loop().time()
+        self._legs: dict[RequestId, Leg] = {}
+        self._socket = context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.SNDHWM, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.IDENTITY, router_id.encode())
+        self._socket.connect(endpoint)
+        self._tasks = [
+            asyncio.create_task(self._receive_all()),
+            asyncio.create_task(self._heartbeat()),
+            asyncio.create_task(self._watch()),
+        ]
+
+    def __repr__(self) -> str:
+        state = "lost" if self.is_lost else "up"
+        return f"<WorkerLink {self.worker_id} {state} legs={len(self._legs)}>"
+
+    @property
+    def num_legs(self) -> int:
+        return len(self._legs)
+
+    def open(self, message: Prefill | Decode) -> Leg:
+        """Send `message` and return its leg; raise `WorkerLost` if the worker is lost."""
+        if self.is_lost:
+            raise WorkerLost(f"worker {self.worker_id} is lost")
+        if message.request_id in self._legs:
+            raise ValueError(f"request {message.request_id} already has a leg on {self!r}")
+        leg = Leg(self, message.request_id)
+        self._legs[message.request_id] = leg
+        self.send(message)
+        return leg
+
+    def send(self, message: RouterMessage) -> None:
+        if not self._socket.closed:
+            self._socket.send_multipart([CODEC.encode(message)])
+
+    def forget(self, request_id: RequestId) -> None:
+        self._legs.pop(request_id, None)
+
+    def lose(self, reason: str) -> None:
+        """Give the worker up: its open legs raise `WorkerLost(reason)`."""
+        if self.is_lost:
+            return
+        self.is_lost = True
+        for leg in list(self._legs.values()):
+            leg.deliver(WorkerLost(f"worker {self.worker_id}: {reason}"))
+        self._on_change()
+
+    async def _receive_all(self) -> None:
+        # No timeout around this await: cancelling a receive that has just completed would lose
+        # the message.
+        while True:
+            frames = await self._socket.recv_multipart()
+            for message in _decode_all(frames, "token"):
+                self._heard_s = asyncio.get_running_loop().time()
+                self._dispatch(message)
+
+    def _dispatch(self, message: object) -> None:
+        if isinstance(message, WorkerSnapshot):
+            self._update(message)
+        elif isinstance(message, Rejected | Prefilled | Tokens | Failed):
+            leg = self._legs.get(message.request_id)
+            if leg is not None:
+                leg.deliver(message)
+
+    def _update(self, snapshot: WorkerSnapshot) -> None:
+        is_changed = self.is_lost or _life(self.snapshot) != _life(snapshot)
+        self.snapshot = snapshot
+        self.is_lost = False
+        if is_changed:
+            self._on_change()
+
+    async def _heartbeat(self) -> None:
+        while True:
+            self.send(Heartbeat(self._router_id))
+            await asyncio.sleep(HEARTBEAT_S)
+
+    async def _watch(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            wake_s = self._heard_s + self._timeout_s
+            if self.is_lost:
+                wake_s = loop.time() + HEARTBEAT_S
+            await asyncio.sleep(wake_s - loop.time())
+            if loop.time() > wake_s + HEARTBEAT_S:
+                # This loop was held up itself, so the silence says nothing of the worker.
+                self._heard_s = loop.time()
+            elif loop.time() >= self._heard_s + self._timeout_s:
+                self.lose(f"silent for {self._timeout_s:.1f} s")
+
+    async def close(self) -> None:
+        """End the link; open legs raise `WorkerLost`."""
+        for task in self._tasks:
+            task.cancel()
+        self.lose("link closed")
+        self._socket.close()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def _life(snapshot: WorkerSnapshot | None) -> tuple[str, str, int] | None:
+    return snapshot and (snapshot.worker_id, snapshot.role, snapshot.epoch)
