@@ -1,0 +1,41 @@
+"""The worker's line into its engine's scheduler process: one REQ/REP pair on a local socket.
+
+vLLM has no call that reads its block pool or drops a held KV cache; its connector runs beside
+the scheduler and answers here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.wire import Codec
+
+PROTOCOL_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class AskLoad:
+    """Worker to engine: what is free, what is held?"""
+
+
+@dataclass(frozen=True, slots=True)
+class DropHandoffs:
+    """Worker to engine: nobody will pull these; free their blocks."""
+
+    handoff_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockLoad:
+    """Engine to worker: the block pool, and the KV-plane port's address and layout."""
+
+    num_blocks: int
+    num_free_blocks: int
+    num_held_blocks: int
+    num_held_handoffs: int
+    endpoints: tuple[str, ...]
+    fingerprint: str
+    block_size: int
+    counts: Mapping[str, object]
+
+
+CODEC = Codec(PROTOCOL_VERSION, {1: AskLoad, 2: DropHandoffs, 3: BlockLoad})

@@ -1,0 +1,213 @@
+"""The half of the connector beside vLLM's scheduler: which request holds, pulls, or neither.
+
+Runs in the `EngineCore` process. Everything but the control socket runs on the scheduler's
+thread.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import zmq
+from vllm.v1.request import RequestStatus
+
+from cluster.engine_control import CODEC, AskLoad, BlockLoad, DropHandoffs
+from cluster.messages import Offer, Receipt
+from cluster.names import HandoffId
+from cluster.process_guard import die_with_parent
+from cluster.wire import WireError
+from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddress, WorkerReport
+from kv_transfer.consumer import Pull
+from kv_transfer.layout import num_blocks_for
+from kv_transfer.producer import Hold
+from kv_transfer.protocol import handoff_to_produce, offer_to_consume, offered_params
+
+if TYPE_CHECKING:
+    from vllm.v1.core.block_pool import BlockPool
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+_FINISHED_WHOLE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+
+
+class SchedulerHalf:
+    """Turns vLLM's scheduling callbacks into orders for the worker halves."""
+
+    def __init__(self, settings: ConnectorSettings, kv_cache_config: "KVCacheConfig") -> None:
+        die_with_parent()
+        self._settings = settings
+        self._block_sizes = [
+            group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups
+        ]
+        self._orders = Orders()
+        self._offers: dict[str, Offer] = {}
+        self._pulling: set[str] = set()
+        self._held: dict[str, tuple[HandoffId, int]] = {}
+        self._receipts: dict[str, Receipt] = {}
+        self._failures: dict[str, str] = {}
+        self._totals: dict[str, int] = {}
+        self._drops: deque[HandoffId] = deque()
+        self._endpoints: tuple[str, ...] = ()
+        self._fingerprint = ""
+        self._block_pool: BlockPool | None = None
+        self._is_closing = False
+        self._control = threading.Thread(target=self._serve_control, daemon=True)
+
+    def bind_block_pool(self, block_pool: "BlockPool") -> None:
+        self._block_pool = block_pool
+
+    def set_addresses(self, addresses: Mapping[int, Any]) -> None:
+        """Take every rank's port address; called once, before the first request."""
+        ranked: list[PortAddress] = [addresses[rank] for rank in sorted(addresses)]
+        self._endpoints = tuple(address.endpoint for address in ranked)
+        self._fingerprint = ranked[0].fingerprint
+        self._control.start()
+
+    def on_new_request(self, request: "Request") -> None:
+        """Keep the lease of an offer alive while its request waits for local blocks."""
+        offer = offer_to_consume(request.kv_transfer_params)
+        if offer is not None:
+            self._offers[request.request_id] = offer
+            self._orders.announced.append(offer)
+
+    def num_tokens_to_pull(self, request: "Request", num_computed: int) -> tuple[int, bool]:
+        """Return how many prompt tokens beyond `num_computed` the offer brings.
+
+        The last prompt token is always computed here: its logits sample the first token with
+        the request's full sampling parameters.
+        """
+        offer = self._offers.get(request.request_id)
+        if offer is None or request.num_output_tokens:
+            return 0, False
+        num_tokens = _end_of_pull(request, offer) - num_computed
+        return (num_tokens, True) if num_tokens > 0 else (0, False)
+
+    def on_blocks_allocated(
+        self, request: "Request", blocks: "KVCacheBlocks", num_tokens: int
+    ) -> None:
+        """Order the pull, once; an offer the local cache made needless is given up."""
+        offer = self._offers.pop(request.request_id, None)
+        if offer is None:
+            return
+        if num_tokens == 0:
+            self._orders.given_up.append(offer)
+            return
+        self._pulling.add(request.request_id)
+        self._orders.pulls.append(self._pull(request, offer, blocks, num_tokens))
+
+    def _pull(
+        self, request: "Request", offer: Offer, blocks: "KVCacheBlocks", num_tokens: int
+    ) -> Pull:
+        end = _end_of_pull(request, offer)
+        num_present = end - num_tokens
+        ids = blocks.get_block_ids()
+        block_ids = tuple(
+            tuple(group[: num_blocks_for(end, size)])
+            for group, size in zip(ids, self._block_sizes, strict=True)
+        )
+        first_blocks = tuple(num_present // size for size in self._block_sizes)
+        return Pull(request.request_id, offer, block_ids, first_blocks)
+
+    def take_orders(self) -> Orders:
+        """Return what the worker halves are to do with this step."""
+        while self._drops:
+            self._orders.drops.append(self._drops.popleft())
+        orders, self._orders = self._orders, Orders()
+        return orders
+
+    def on_worker_output(self, output: "KVConnectorOutput") -> None:
+        """Take in which holds ended and what pulls brought."""
+        for key in output.finished_sending or ():
+            self._held.pop(key, None)
+        for key in output.finished_recving or ():
+            self._pulling.discard(key)
+        report = output.kv_connector_worker_meta
+        if isinstance(report, WorkerReport):
+            self._receipts |= report.receipts
+            self._failures |= report.failures
+            self._totals = report.totals
+
+    def on_request_finished(
+        self, request: "Request", block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        """Return whether the request's blocks stay held, and what to tell the router."""
+        key = request.request_id
+        handoff_id = handoff_to_produce(request.kv_transfer_params)
+        if handoff_id is not None:
+            if request.status in _FINISHED_WHOLE:
+                return True, offered_params(self._hold(request, handoff_id, block_ids))
+            return False, None
+        unused = self._offers.pop(key, None)
+        if unused is not None:
+            self._orders.given_up.append(unused)
+        if key in self._pulling and request.status is RequestStatus.FINISHED_ABORTED:
+            self._orders.cancels.append(key)
+        return False, self._account(key)
+
+    def _hold(
+        self, request: "Request", handoff_id: HandoffId, block_ids: tuple[list[int], ...]
+    ) -> Offer:
+        frozen = tuple(tuple(group) for group in block_ids)
+        self._orders.holds.append(Hold(handoff_id, request.request_id, frozen))
+        self._held[request.request_id] = (handoff_id, sum(map(len, frozen)))
+        return Offer(
+            handoff_id,
+            self._settings.worker_id,
+            self._settings.epoch,
+            self._fingerprint,
+            self._endpoints,
+            request.num_computed_tokens,
+            len(frozen[0]),
+            self._settings.handoff.lease_s,
+        )
+
+    def _account(self, key: str) -> dict[str, Any] | None:
+        receipt, failure = self._receipts.pop(key, None), self._failures.pop(key, None)
+        if receipt is None and failure is None:
+            return None
+        return {"receipt": receipt and asdict(receipt), "handoff_error": failure}
+
+    def close(self) -> None:
+        """Let the control thread end; its socket is closed there."""
+        self._is_closing = True
+
+    # The control socket's thread. Reads are of single attributes; orders go through a deque.
+
+    def _serve_control(self) -> None:
+        socket = zmq.Context.instance().socket(zmq.REP)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVTIMEO, 500)
+        socket.bind(self._settings.control_endpoint)
+        while not self._is_closing:
+            try:
+                request = CODEC.decode(socket.recv())
+            except zmq.Again:
+                continue
+            except WireError:
+                request = AskLoad()
+            if isinstance(request, DropHandoffs):
+                self._drops.extend(map(HandoffId, request.handoff_ids))
+            socket.send(CODEC.encode(self._load()))
+        socket.close()
+
+    def _load(self) -> BlockLoad:
+        pool = self._block_pool
+        held = list(self._held.values())
+        return BlockLoad(
+            pool.num_gpu_blocks if pool else 0,
+            pool.get_num_free_blocks() if pool else 0,
+            sum(num_blocks for _, num_blocks in held),
+            len(held),
+            self._endpoints,
+            self._fingerprint,
+            self._block_sizes[0],
+            self._totals,
+        )
+
+
+def _end_of_pull(request: "Request", offer: Offer) -> int:
+    return min(offer.num_tokens, int(request.num_prompt_tokens) - 1)

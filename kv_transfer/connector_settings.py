@@ -1,0 +1,89 @@
+"""What crosses between the halves of vLLM's connector, and how it is configured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from cluster.config import HandoffSection
+from cluster.messages import Offer, Receipt
+from cluster.names import HandoffId, WorkerId
+from kv_transfer.consumer import Pull
+from kv_transfer.producer import Hold
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectorSettings:
+    """`kv_connector_extra_config`, typed. `epoch` names this life of the engine."""
+
+    worker_id: WorkerId
+    epoch: int
+    control_endpoint: str
+    handoff: HandoffSection
+
+    @classmethod
+    def from_extra_config(cls, extra: Mapping[str, Any]) -> "ConnectorSettings":
+        """Return the settings `as_extra_config` wrote; raise on missing or unknown keys."""
+        return cls(**{**extra, "handoff": HandoffSection.model_validate(extra["handoff"])})
+
+    def as_extra_config(self) -> dict[str, Any]:
+        return {
+            "worker_id": self.worker_id,
+            "epoch": self.epoch,
+            "control_endpoint": self.control_endpoint,
+            "handoff": self.handoff.model_dump(),
+        }
+
+
+@dataclass
+class PortAddress(KVConnectorHandshakeMetadata):
+    """Worker half to scheduler half, once: where this rank's port listens."""
+
+    endpoint: str
+    fingerprint: str
+
+
+@dataclass
+class Orders(KVConnectorMetadata):
+    """Scheduler half to worker halves, with each step."""
+
+    holds: list[Hold] = field(default_factory=list)
+    drops: list[HandoffId] = field(default_factory=list)
+    announced: list[Offer] = field(default_factory=list)
+    given_up: list[Offer] = field(default_factory=list)
+    pulls: list[Pull] = field(default_factory=list)
+    cancels: list[str] = field(default_factory=list)
+
+
+@dataclass
+class WorkerReport(KVConnectorWorkerMetadata):
+    """Worker halves to scheduler half: receipts and failures by request, port totals."""
+
+    receipts: dict[str, Receipt]
+    failures: dict[str, str]
+    totals: dict[str, int]
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
+        """Add another rank's report: bytes add up, the slowest rank's time counts."""
+        assert isinstance(other, WorkerReport)
+        for key, theirs in other.receipts.items():
+            ours = self.receipts.get(key)
+            self.receipts[key] = theirs if ours is None else _sum(ours, theirs)
+        self.failures |= other.failures
+        for kind, count in other.totals.items():
+            self.totals[kind] = self.totals.get(kind, 0) + count
+        return self
+
+
+def _sum(ours: Receipt, theirs: Receipt) -> Receipt:
+    return Receipt(
+        ours.num_blocks + theirs.num_blocks,
+        ours.received_bytes + theirs.received_bytes,
+        ours.produced_bytes + theirs.produced_bytes,
+        max(ours.transfer_s, theirs.transfer_s),
+    )

@@ -1,0 +1,158 @@
+"""The half of the connector in each vLLM worker: its KV tensors behind a hand-off port."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
+
+from cluster.process_guard import claim_amx_tiles, die_with_parent
+from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddress, WorkerReport
+from kv_transfer.layout import BlockLayout, GroupLayout
+from kv_transfer.port import HandoffPort
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+
+class UnsupportedCache(ValueError):
+    """This model's KV cache cannot be handed over; the engine refuses to start."""
+
+
+def block_rows(name: str, cache: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
+    """Return byte matrices [num_blocks, bytes] over `cache`, without copying.
+
+    Backends put the block dimension first, or second behind a K/V pair; anything else, or a
+    block that is not contiguous, raises `UnsupportedCache`.
+    """
+    if cache.shape[0] == num_blocks:
+        parts = [cache]
+    elif cache.dim() > 1 and cache.shape[:2] == (2, num_blocks):
+        parts = list(cache.unbind(0))
+    else:
+        raise UnsupportedCache(f"{name}: no block dimension in {tuple(cache.shape)}")
+    if not all(part[0].is_contiguous() for part in parts):
+        raise UnsupportedCache(f"{name}: a block is not contiguous in {tuple(cache.shape)}")
+    return [part.view(torch.uint8).reshape(num_blocks, -1) for part in parts]
+
+
+class TensorBlockStore:
+    """Blocks in the KV tensors of one worker; copies are single indexed operations."""
+
+    def __init__(self, layout: BlockLayout, regions: list[list[torch.Tensor]]) -> None:
+        self.layout = layout
+        self._regions = regions
+
+    def gather(self, group: int, block_ids: Sequence[int]) -> memoryview:
+        rows = torch.tensor(block_ids, dtype=torch.int64)
+        layout = self.layout.groups[group]
+        payload = torch.empty(len(rows) * layout.block_bytes, dtype=torch.uint8)
+        parts = payload.split([len(rows) * size for size in layout.region_bytes])
+        for region, part in zip(self._regions[group], parts, strict=True):
+            torch.index_select(region, 0, rows, out=part.view(len(rows), -1))
+        return memoryview(payload.numpy())
+
+    def scatter(self, group: int, block_ids: Sequence[int], payload: memoryview) -> None:
+        rows = torch.tensor(block_ids, dtype=torch.int64)
+        received = torch.frombuffer(payload, dtype=torch.uint8)
+        parts = received.split(
+            [len(rows) * size for size in self.layout.groups[group].region_bytes]
+        )
+        for region, part in zip(self._regions[group], parts, strict=True):
+            region.index_copy_(0, rows, part.view(len(rows), -1))
+
+
+class WorkerHalf:
+    """Carries out the scheduler half's orders on this rank's port and reports back."""
+
+    def __init__(
+        self,
+        settings: ConnectorSettings,
+        vllm_config: "VllmConfig",
+        kv_cache_config: "KVCacheConfig",
+    ) -> None:
+        die_with_parent()
+        claim_amx_tiles()
+        self._settings = settings
+        self._vllm_config = vllm_config
+        self._kv_cache_config = kv_cache_config
+        self._rank = get_tensor_model_parallel_rank()
+        self._port: HandoffPort | None = None
+        self._report: WorkerReport | None = None
+        self._last_totals: dict[str, int] = {}
+
+    def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        """Open the port over the engine's KV tensors; raise `UnsupportedCache`."""
+        num_blocks = self._kv_cache_config.num_blocks
+        regions: list[list[torch.Tensor]] = []
+        groups: list[GroupLayout] = []
+        for group in self._kv_cache_config.kv_cache_groups:
+            rows = [
+                row
+                for name in group.layer_names
+                for row in block_rows(name, kv_caches[name], num_blocks)
+            ]
+            regions.append(rows)
+            sizes = tuple(row.shape[1] for row in rows)
+            groups.append(GroupLayout(group.kv_cache_spec.block_size, sizes))
+        store = TensorBlockStore(BlockLayout(tuple(groups), self._identity()), regions)
+        self._port = HandoffPort(store, self._settings.handoff, self._settings.epoch, self._rank)
+        self._fingerprint = store.layout.fingerprint
+
+    def _identity(self) -> dict[str, str | int]:
+        model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
+        cache = self._vllm_config.cache_config
+        return {
+            "model": model.model,
+            "revision": str(model.revision),
+            "dtype": str(model.dtype),
+            "cache_dtype": str(cache.cache_dtype),
+            "tensor_parallel": parallel.tensor_parallel_size,
+            "pipeline_parallel": parallel.pipeline_parallel_size,
+        }
+
+    def address(self) -> PortAddress | None:
+        return PortAddress(self._port.endpoint, self._fingerprint) if self._port else None
+
+    def carry_out(self, orders: "KVConnectorMetadata") -> None:
+        """Hand this step's orders to the port's thread."""
+        assert isinstance(orders, Orders) and self._port is not None
+        for hold in orders.holds:
+            self._port.hold(hold)
+        for handoff_id in orders.drops:
+            self._port.abort(handoff_id)
+        for offer in orders.announced:
+            self._port.announce(offer)
+        for offer in orders.given_up:
+            self._port.give_up(offer)
+        for pull in orders.pulls:
+            self._port.pull(pull)
+        for key in orders.cancels:
+            self._port.cancel(key)
+
+    def take_results(self) -> KVConnectorTransferResults:
+        """Return, each key once, the holds and pulls that ended since the last step."""
+        assert self._port is not None
+        ended = self._port.poll()
+        failures = {pull.key: pull.failure for pull in ended.pulls if pull.failure}
+        totals = self._port.totals()
+        if ended.pulls or totals != self._last_totals:
+            receipts = {pull.key: pull.receipt for pull in ended.pulls}
+            self._report = WorkerReport(receipts, failures, totals)
+            self._last_totals = totals
+        return KVConnectorTransferResults(
+            finished_sending=set(ended.freed),
+            finished_recving={pull.key for pull in ended.pulls},
+            failed_recving=set(failures),
+        )
+
+    def take_receipts(self) -> WorkerReport | None:
+        report, self._report = self._report, None
+        return report
+
+    def close(self) -> None:
+        if self._port is not None:
+            self._port.close()

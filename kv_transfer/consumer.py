@@ -1,0 +1,229 @@
+"""The consumer's side: pulls in flight, what arrived intact, and when to give up.
+
+Single-threaded: `port.HandoffPort` calls it from its one thread with the time of the call.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import xxhash
+
+from cluster.messages import Offer, Receipt
+from cluster.names import HandoffId
+from kv_transfer.blocks import BlockStore
+from kv_transfer.handoff import ConsumerHandoff, ConsumerState
+from kv_transfer.layout import Read, plan_reads
+from kv_transfer.protocol import (
+    Blocks,
+    ConsumerMessage,
+    ProducerMessage,
+    ReadBlocks,
+    Refused,
+    Release,
+    Renew,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pull:
+    """Fetch `offer` into local blocks, by group and position, from `first_blocks` on."""
+
+    key: str
+    offer: Offer
+    block_ids: tuple[tuple[int, ...], ...]
+    first_blocks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PullResult:
+    """How a pull ended; `failure` is None when every block is in place."""
+
+    key: str
+    failure: str | None
+    receipt: Receipt
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """A message for the producer at `endpoint`."""
+
+    endpoint: str
+    message: ConsumerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class _Active:
+    pull: Pull
+    handoff: ConsumerHandoff
+    started: float
+    progressed: float
+    num_blocks: int = 0
+    received_bytes: int = 0
+    produced_bytes: int = 0
+
+
+class Consumer:
+    """Starts, feeds and ends pulls; `results` collects one result per pull, always.
+
+    `rank` picks the producer's endpoint: ranks of one tensor-parallel degree pair off.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        rank: int,
+        chunk_bytes: int,
+        window: int,
+        stall_timeout_s: float,
+        renew_s: float,
+    ) -> None:
+        self.results: list[PullResult] = []
+        self.counts: Counter[str] = Counter()
+        self._store = store
+        self._rank = rank
+        self._chunk_bytes = chunk_bytes
+        self._window = window
+        self._stall_timeout_s = stall_timeout_s
+        self._renew_s = renew_s
+        self._active: dict[HandoffId, _Active] = {}
+        self._by_key: dict[str, HandoffId] = {}
+        self._announced: dict[HandoffId, tuple[Offer, float]] = {}
+
+    def __repr__(self) -> str:
+        return f"<Consumer pulling={len(self._active)} announced={len(self._announced)}>"
+
+    def announce(self, offer: Offer, now: float) -> None:
+        """Keep the producer's lease alive until the pull can start."""
+        self._announced[offer.handoff_id] = (offer, now)
+
+    def give_up(self, offer: Offer) -> Iterable[Order]:
+        """An announced offer will not be pulled: let the producer free its blocks."""
+        self._announced.pop(offer.handoff_id, None)
+        if offer.handoff_id not in self._active:
+            yield self._order(offer, Release(offer.handoff_id, offer.epoch, is_loaded=False))
+
+    def start(self, pull: Pull, now: float) -> Iterable[Order]:
+        """Begin a pull; an offer this engine cannot read fails at once."""
+        offer = pull.offer
+        self._announced.pop(offer.handoff_id, None)
+        reads = plan_reads(self._store.layout, pull.block_ids, pull.first_blocks, self._chunk_bytes)
+        active = _Active(pull, ConsumerHandoff(tuple(reads), self._window), now, now)
+        self._active[offer.handoff_id] = active
+        self._by_key[pull.key] = offer.handoff_id
+        mismatch = self._mismatch(offer)
+        if mismatch:
+            yield from self._fail(active, mismatch)
+            return
+        handoff, asks = active.handoff.start()
+        yield from self._proceed(replace(active, handoff=handoff), asks)
+
+    def cancel(self, key: str) -> Iterable[Order]:
+        """Stop a pull; its result still comes, so that its blocks can be freed."""
+        handoff_id = self._by_key.get(key)
+        if handoff_id is not None:
+            yield from self._fail(self._active[handoff_id], "cancelled")
+
+    def handle(
+        self, message: ProducerMessage, payload: memoryview | None, now: float
+    ) -> Iterable[Order]:
+        """Act on one message; late or foreign ones are counted and dropped."""
+        active = self._active.get(message.handoff_id)
+        if active is None:
+            self.counts["chunks_late"] += 1
+        elif isinstance(message, Refused):
+            yield from self._fail(active, f"refused: {message.cause.value}: {message.detail}")
+        else:
+            yield from self._accept(active, message, payload, now)
+
+    def tick(self, now: float) -> Iterable[Order]:
+        """Fail pulls that stall; renew leases of what waits for local blocks."""
+        for active in list(self._active.values()):
+            if now - active.progressed >= self._stall_timeout_s:
+                waited = f"no data for {self._stall_timeout_s:.1f} s"
+                yield from self._fail(active, f"{waited} from {self._endpoint(active.pull.offer)}")
+        for handoff_id, (offer, since) in list(self._announced.items()):
+            if now - since >= self._renew_s:
+                self._announced[handoff_id] = (offer, now)
+                yield self._order(offer, Renew(handoff_id, offer.epoch))
+
+    def _accept(
+        self, active: _Active, message: Blocks, payload: memoryview | None, now: float
+    ) -> Iterable[Order]:
+        read = Read(message.group, message.first_block, message.num_blocks)
+        if read not in active.handoff.asked:
+            self.counts["chunks_foreign"] += 1
+            return
+        damage = self._damage(read, message, payload)
+        if damage or payload is None:
+            self.counts["chunks_damaged"] += 1
+            yield from self._fail(active, damage or "no payload")
+            return
+        positions = slice(read.first_block, read.first_block + read.num_blocks)
+        self._store.scatter(read.group, active.pull.block_ids[read.group][positions], payload)
+        handoff, asks = active.handoff.receive(read)
+        arrived = replace(
+            active,
+            handoff=handoff,
+            progressed=now,
+            num_blocks=active.num_blocks + read.num_blocks,
+            received_bytes=active.received_bytes + payload.nbytes,
+            produced_bytes=message.produced_bytes,
+        )
+        yield from self._proceed(arrived, asks)
+
+    def _damage(self, read: Read, message: Blocks, payload: memoryview | None) -> str | None:
+        wanted = self._store.layout.groups[read.group].block_bytes * read.num_blocks
+        if payload is None or payload.nbytes != wanted or message.payload_bytes != wanted:
+            return f"payload of {payload.nbytes if payload else 0} bytes, wanted {wanted}"
+        if message.checksum is None:
+            return None
+        if xxhash.xxh3_64_intdigest(payload) != message.checksum:
+            return f"checksum mismatch in blocks {read.first_block}+{read.num_blocks}"
+        return None
+
+    def _mismatch(self, offer: Offer) -> str | None:
+        mine = self._store.layout.fingerprint
+        if offer.fingerprint != mine:
+            return f"layout {offer.fingerprint} of {offer.worker_id} is not this engine's {mine}"
+        if self._rank >= len(offer.endpoints):
+            return f"{offer.worker_id} has {len(offer.endpoints)} ranks, this is {self._rank}"
+        return None
+
+    def _proceed(self, active: _Active, asks: tuple[Read, ...]) -> Iterable[Order]:
+        offer = active.pull.offer
+        self._active[offer.handoff_id] = active
+        for read in asks:
+            ask = ReadBlocks(
+                offer.handoff_id,
+                offer.epoch,
+                offer.fingerprint,
+                read.group,
+                read.first_block,
+                read.num_blocks,
+            )
+            yield self._order(offer, ask)
+        if active.handoff.state is ConsumerState.LOADED:
+            yield from self._end(active)
+
+    def _fail(self, active: _Active, reason: str) -> Iterable[Order]:
+        yield from self._end(replace(active, handoff=active.handoff.fail(reason)))
+
+    def _end(self, active: _Active) -> Iterable[Order]:
+        offer, failure = active.pull.offer, active.handoff.failure
+        del self._active[offer.handoff_id]
+        del self._by_key[active.pull.key]
+        transfer_s = active.progressed - active.started
+        receipt = Receipt(
+            active.num_blocks, active.received_bytes, active.produced_bytes, transfer_s
+        )
+        self.counts["pulls_loaded" if failure is None else "pulls_failed"] += 1
+        self.results.append(PullResult(active.pull.key, failure, receipt))
+        if self._rank < len(offer.endpoints):
+            yield self._order(offer, Release(offer.handoff_id, offer.epoch, failure is None))
+
+    def _endpoint(self, offer: Offer) -> str:
+        return offer.endpoints[self._rank]
+
+    def _order(self, offer: Offer, message: ConsumerMessage) -> Order:
+        return Order(self._endpoint(offer), message)

@@ -1,0 +1,236 @@
+"""One engine's KV-plane port: a thread that serves its holds and makes its pulls.
+
+The engine's thread gives commands and polls results; sockets, leases and block copies belong
+to the port's thread, so no lock is shared with the engine step.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import zmq
+
+from cluster.config import HandoffSection
+from cluster.messages import Offer
+from cluster.names import HandoffId
+from cluster.wire import WireError
+from kv_transfer.blocks import BlockStore
+from kv_transfer.consumer import Consumer, Order, Pull, PullResult
+from kv_transfer.handoff import ProducerEvent
+from kv_transfer.producer import Answer, Hold, Producer
+from kv_transfer.protocol import CODEC, Blocks, ReadBlocks, Refused, Release, Renew
+
+_TICK_MS = 100
+_IDLE_CONNECTION_S = 60.0
+# More than a chunk and its headroom: whatever is larger is dropped before it is allocated.
+_MAX_PAYLOAD_BYTES = 1 << 30
+
+logger = logging.getLogger(__name__)
+
+Entry = TypeVar("Entry")
+
+
+@dataclass(frozen=True, slots=True)
+class PortResults:
+    """What happened since the last poll: engine keys whose holds ended, and pulls that did."""
+
+    freed: Sequence[str]
+    pulls: Sequence[PullResult]
+
+
+@dataclass(slots=True)
+class _Connection:
+    socket: zmq.Socket[bytes]
+    last_used: float
+
+
+class HandoffPort:
+    """Producer and consumer of one engine behind one thread and one listening address."""
+
+    def __init__(
+        self,
+        store: BlockStore,
+        section: HandoffSection,
+        epoch: int,
+        rank: int = 0,
+        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+    ) -> None:
+        self._context = context or zmq.Context()
+        self._listener = self._socket(zmq.ROUTER)
+        port = self._listener.bind_to_random_port(f"tcp://{section.bind_host}")
+        self.endpoint = f"tcp://{section.bind_host}:{port}"
+        self.producer = Producer(
+            store, epoch, section.lease_s, section.checksum, self._run_commands
+        )
+        self.consumer = Consumer(
+            store,
+            rank,
+            section.chunk_bytes,
+            section.reads_in_flight,
+            section.stall_timeout_s,
+            section.lease_s / 3,
+        )
+        self.counts: Counter[str] = Counter()
+        self._commands: deque[Callable[[], None]] = deque()
+        self._freed: deque[str] = deque()
+        self._pulls: deque[PullResult] = deque()
+        self._connections: dict[str, _Connection] = {}
+        self._poller = zmq.Poller()
+        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._poller.register(self._listener, zmq.POLLIN)
+        self._poller.register(self._wake_fd, zmq.POLLIN)
+        self._is_closing = False
+        self._thread = threading.Thread(target=self._run, name="handoff-port", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"<HandoffPort {self.endpoint} {self.producer!r} {self.consumer!r}>"
+
+    # Commands: called from the engine's thread.
+
+    def hold(self, hold: Hold) -> None:
+        self._command(lambda: self._answer(self.producer.hold(hold, time.monotonic())))
+
+    def abort(self, handoff_id: HandoffId) -> None:
+        """End a hold that nobody will pull."""
+        self._command(lambda: self.producer.end(handoff_id, ProducerEvent.ABORTED))
+
+    def announce(self, offer: Offer) -> None:
+        self._command(lambda: self.consumer.announce(offer, time.monotonic()))
+
+    def give_up(self, offer: Offer) -> None:
+        self._command(lambda: self._send(self.consumer.give_up(offer)))
+
+    def pull(self, pull: Pull) -> None:
+        self._command(lambda: self._send(self.consumer.start(pull, time.monotonic())))
+
+    def cancel(self, key: str) -> None:
+        self._command(lambda: self._send(self.consumer.cancel(key)))
+
+    def poll(self) -> PortResults:
+        """Return and forget what ended since the last call; each key once."""
+        return PortResults(_drain(self._freed), _drain(self._pulls))
+
+    def totals(self) -> dict[str, int]:
+        """Return how often each thing has happened on this port since it opened."""
+        return dict(self.counts + self.producer.counts + self.consumer.counts)
+
+    def close(self) -> None:
+        """Stop the thread and close every socket; held blocks are forgotten."""
+        self._is_closing = True
+        os.eventfd_write(self._wake_fd, 1)
+        self._thread.join(timeout=5)
+
+    def _command(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+        os.eventfd_write(self._wake_fd, 1)
+
+    # The port's thread.
+
+    def _run(self) -> None:
+        while not self._is_closing:
+            try:
+                self._turn()
+            except zmq.ZMQError:
+                # One peer's socket trouble must not end everybody's hand-offs.
+                logger.exception("socket error on the KV plane")
+        for connection in self._connections.values():
+            connection.socket.close()
+        self._listener.close()
+        os.close(self._wake_fd)
+
+    def _turn(self) -> None:
+        ready = dict(self._poller.poll(_TICK_MS))
+        if ready.pop(self._wake_fd, None):
+            os.eventfd_read(self._wake_fd)
+        self._run_commands()
+        for socket in ready:
+            if socket is self._listener:
+                self._serve()
+            else:
+                self._receive(socket)
+        self._tick()
+        self._freed.extend(_take(self.producer.freed))
+        self._pulls.extend(_take(self.consumer.results))
+
+    def _run_commands(self) -> None:
+        while self._commands:
+            self._commands.popleft()()
+
+    def _tick(self) -> None:
+        now = time.monotonic()
+        self._answer(self.producer.tick(now))
+        self._send(self.consumer.tick(now))
+        for endpoint, connection in list(self._connections.items()):
+            if now - connection.last_used > _IDLE_CONNECTION_S:
+                self._poller.unregister(connection.socket)
+                connection.socket.close()
+                del self._connections[endpoint]
+
+    def _serve(self) -> None:
+        frames = self._listener.recv_multipart()
+        try:
+            message = CODEC.decode(frames[-1]) if len(frames) == 2 else None
+        except WireError:
+            message = None
+        if isinstance(message, ReadBlocks | Renew | Release):
+            self._answer(self.producer.handle(frames[0], message, time.monotonic()))
+        else:
+            self.counts["frames_malformed"] += 1
+
+    def _answer(self, answers: Iterable[Answer]) -> None:
+        for answer in answers:
+            frames: list[bytes | memoryview] = [answer.peer, CODEC.encode(answer.message)]
+            if answer.payload is not None:
+                frames.append(answer.payload)
+            self._listener.send_multipart(frames, copy=False)
+
+    def _receive(self, socket: zmq.Socket[bytes]) -> None:
+        frames = socket.recv_multipart(copy=False)
+        try:
+            message = CODEC.decode(frames[0].buffer) if len(frames) <= 2 else None
+        except WireError:
+            message = None
+        if isinstance(message, Blocks | Refused):
+            payload = frames[1].buffer if len(frames) == 2 else None
+            self._send(self.consumer.handle(message, payload, time.monotonic()))
+        else:
+            self.counts["frames_malformed"] += 1
+
+    def _send(self, orders: Iterable[Order]) -> None:
+        for order in orders:
+            socket = self._connection(order.endpoint)
+            # A dead producer's queue is bounded by the stall time-out of its pulls.
+            socket.send(CODEC.encode(order.message), flags=zmq.NOBLOCK)
+
+    def _connection(self, endpoint: str) -> zmq.Socket[bytes]:
+        connection = self._connections.get(endpoint)
+        if connection is None:
+            socket = self._socket(zmq.DEALER)
+            socket.connect(endpoint)
+            self._poller.register(socket, zmq.POLLIN)
+            connection = self._connections[endpoint] = _Connection(socket, 0.0)
+        connection.last_used = time.monotonic()
+        return connection.socket
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_PAYLOAD_BYTES)
+        return socket
+
+
+def _drain(queue: "deque[Entry]") -> list[Entry]:
+    return [queue.popleft() for _ in range(len(queue))]
+
+
+def _take(entries: list[Entry]) -> list[Entry]:
+    taken = entries[:]
+    entries.clear()
+    return taken

@@ -1,0 +1,198 @@
+"""The producer's side: which KV caches are held, who may read them, when blocks are free.
+
+Single-threaded: `port.HandoffPort` calls it from its one thread with the time of the call.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import xxhash
+
+from cluster.names import HandoffId
+from kv_transfer.blocks import BlockStore
+from kv_transfer.handoff import ProducerEvent, ProducerHandoff
+from kv_transfer.leases import LeaseTable
+from kv_transfer.protocol import (
+    Blocks,
+    ConsumerMessage,
+    ProducerMessage,
+    ReadBlocks,
+    Refusal,
+    Refused,
+    Release,
+    Renew,
+)
+
+# A read can overtake the engine step that tells us of the hold: it waits this long for it.
+UNKNOWN_GRACE_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """Blocks of one finished prompt, by group and position; `key` is the engine's request."""
+
+    handoff_id: HandoffId
+    key: str
+    block_ids: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A message for one peer, with its payload frame if it has one."""
+
+    peer: bytes
+    message: ProducerMessage
+    payload: memoryview | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    hold: Hold
+    handoff: ProducerHandoff
+    produced_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Parked:
+    peer: bytes
+    read: ReadBlocks
+    since: float
+
+
+class Producer:
+    """Holds, serves, refuses and frees; `freed` collects the keys whose blocks may go.
+
+    `counts` says how often each thing happened, refusals by cause.
+
+    `catch_up` lets the owner apply ends that arrived while blocks were being gathered: only
+    what is still readable after it is sent.
+    """
+
+    def __init__(
+        self,
+        store: BlockStore,
+        epoch: int,
+        lease_s: float,
+        is_checksummed: bool,
+        catch_up: Callable[[], None],
+    ) -> None:
+        self.freed: list[str] = []
+        self.counts: Counter[str] = Counter()
+        self._store = store
+        self._epoch = epoch
+        self._fingerprint = store.layout.fingerprint
+        self._is_checksummed = is_checksummed
+        self._catch_up = catch_up
+        self._held: dict[HandoffId, _Held] = {}
+        self._leases = LeaseTable(lease_s)
+        self._parked: list[_Parked] = []
+
+    def __repr__(self) -> str:
+        return f"<Producer held={len(self._held)} parked={len(self._parked)}>"
+
+    def hold(self, hold: Hold, now: float) -> Iterable[Answer]:
+        """Take blocks into custody; answer the reads that came before."""
+        self._held[hold.handoff_id] = _Held(hold, ProducerHandoff())
+        self._leases.touch(hold.handoff_id, now)
+        mine = [parked for parked in self._parked if parked.read.handoff_id == hold.handoff_id]
+        self._parked = [parked for parked in self._parked if parked not in mine]
+        for parked in mine:
+            yield self._serve(parked.peer, parked.read, now)
+
+    def end(self, handoff_id: HandoffId, event: ProducerEvent) -> None:
+        """End a hand-off; one that is already over or unknown is left alone."""
+        held = self._held.get(handoff_id)
+        if held is not None and held.handoff.is_readable:
+            self._leases.end(handoff_id)
+            self.counts[f"handoffs_{event.name.lower()}"] += 1
+            self._advance(handoff_id, event)
+
+    def handle(self, peer: bytes, message: ConsumerMessage, now: float) -> Iterable[Answer]:
+        """Act on one message; nothing a peer sends raises."""
+        if isinstance(message, ReadBlocks):
+            if message.handoff_id not in self._held and message.epoch == self._epoch:
+                self._parked.append(_Parked(peer, message, now))
+                return
+            yield self._serve(peer, message, now)
+        elif message.epoch != self._epoch:
+            self.counts[f"refused_{Refusal.STALE_EPOCH.value}"] += 1
+        elif isinstance(message, Renew):
+            if message.handoff_id in self._held:
+                self._leases.touch(message.handoff_id, now)
+        elif isinstance(message, Release):
+            self.end(message.handoff_id, ProducerEvent.RELEASED)
+
+    def tick(self, now: float) -> Iterable[Answer]:
+        """Expire leases and give up on reads whose hold never came."""
+        for handoff_id in self._leases.take_expired(now):
+            self.end(handoff_id, ProducerEvent.EXPIRED)
+        late = [parked for parked in self._parked if now - parked.since >= UNKNOWN_GRACE_S]
+        if late:
+            self._parked = [parked for parked in self._parked if parked not in late]
+        for parked in late:
+            yield self._refuse(parked.peer, parked.read, Refusal.UNKNOWN, "no such hand-off")
+
+    def _serve(self, peer: bytes, read: ReadBlocks, now: float) -> Answer:
+        refusal = self._objection(read)
+        if refusal is not None:
+            return self._refuse(peer, read, *refusal)
+        held = self._held[read.handoff_id]
+        self._leases.touch(read.handoff_id, now)
+        self._advance(read.handoff_id, ProducerEvent.READ_STARTED)
+        positions = slice(read.first_block, read.first_block + read.num_blocks)
+        payload = self._store.gather(read.group, held.hold.block_ids[read.group][positions])
+        # Preemption or an abort may have taken the blocks while they were copied; bytes of a
+        # reused block have a valid checksum, so ownership is checked again before sending.
+        self._catch_up()
+        is_still_ours = self._held[read.handoff_id].handoff.is_readable
+        answer = self._blocks(peer, read, payload) if is_still_ours else None
+        self._advance(read.handoff_id, ProducerEvent.READ_ENDED)
+        return answer or self._refuse(peer, read, Refusal.ENDED, "ended while being read")
+
+    def _objection(self, read: ReadBlocks) -> tuple[Refusal, str] | None:
+        if read.epoch != self._epoch:
+            return Refusal.STALE_EPOCH, f"this engine's epoch is {self._epoch}"
+        if read.fingerprint != self._fingerprint:
+            return Refusal.LAYOUT, f"this engine's layout is {self._fingerprint}"
+        held = self._held.get(read.handoff_id)
+        if held is None or not held.handoff.is_readable:
+            return Refusal.ENDED, "released, expired or never held"
+        groups = held.hold.block_ids
+        if not 0 <= read.group < len(groups):
+            return Refusal.RANGE, f"group {read.group} of {len(groups)}"
+        ids = groups[read.group]
+        end = read.first_block + read.num_blocks
+        if not (0 <= read.first_block < end <= len(ids)):
+            return Refusal.RANGE, f"blocks {read.first_block}..{end} of {len(ids)}"
+        if 0 in ids[read.first_block : end]:
+            return Refusal.RANGE, "a block outside the attention window is not held"
+        return None
+
+    def _blocks(self, peer: bytes, read: ReadBlocks, payload: memoryview) -> Answer:
+        held = self._held[read.handoff_id]
+        produced = held.produced_bytes + payload.nbytes
+        self._held[read.handoff_id] = replace(held, produced_bytes=produced)
+        checksum = xxhash.xxh3_64_intdigest(payload) if self._is_checksummed else None
+        message = Blocks(
+            read.handoff_id,
+            read.group,
+            read.first_block,
+            read.num_blocks,
+            payload.nbytes,
+            checksum,
+            produced,
+        )
+        return Answer(peer, message, payload)
+
+    def _refuse(self, peer: bytes, read: ReadBlocks, cause: Refusal, detail: str) -> Answer:
+        self.counts[f"refused_{cause.value}"] += 1
+        return Answer(peer, Refused(read.handoff_id, cause, detail))
+
+    def _advance(self, handoff_id: HandoffId, event: ProducerEvent) -> None:
+        held = self._held[handoff_id]
+        handoff = held.handoff.advance(event)
+        self._held[handoff_id] = replace(held, handoff=handoff)
+        if handoff.is_over:
+            self.freed.append(held.hold.key)
+            del self._held[handoff_id]

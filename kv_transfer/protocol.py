@@ -1,0 +1,134 @@
+"""Every byte between a producer and a consumer of KV caches, and vLLM's spelling of an offer.
+
+A message is one frame; `Blocks` is followed by one payload frame. The consumer drives: it
+reads, the producer answers, so a consumer without memory simply does not ask.
+`PROTOCOL_VERSION` history:
+
+1. first version: pull by block range, xxh3-64 per chunk, leases by duration.
+"""
+
+import enum
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from cluster.messages import Offer
+from cluster.names import HandoffId, WorkerId
+from cluster.wire import Codec
+
+PROTOCOL_VERSION = 1
+
+
+class Refusal(enum.StrEnum):
+    """Why a producer does not serve a read."""
+
+    UNKNOWN = "unknown"
+    STALE_EPOCH = "stale_epoch"
+    LAYOUT = "layout"
+    RANGE = "range"
+    ENDED = "ended"
+    MALFORMED = "malformed"
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBlocks:
+    """Consumer to producer: send these blocks; epoch and fingerprint are checked first."""
+
+    handoff_id: HandoffId
+    epoch: int
+    fingerprint: str
+    group: int
+    first_block: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """Producer to consumer: the blocks, in the payload frame, region by region.
+
+    `checksum` is xxh3-64 of the payload, None when switched off; `produced_bytes` counts what
+    the producer has sent for this hand-off so far, this payload included.
+    """
+
+    handoff_id: HandoffId
+    group: int
+    first_block: int
+    num_blocks: int
+    payload_bytes: int
+    checksum: int | None
+    produced_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """Producer to consumer: the read is refused; the hand-off is over for this consumer."""
+
+    handoff_id: HandoffId
+    cause: Refusal
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Renew:
+    """Consumer to producer: still wanted, not yet readable here; restart the lease."""
+
+    handoff_id: HandoffId
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """Consumer to producer: done with it, whether loaded or given up; free the blocks."""
+
+    handoff_id: HandoffId
+    epoch: int
+    is_loaded: bool
+
+
+CODEC = Codec(PROTOCOL_VERSION, {1: ReadBlocks, 2: Blocks, 3: Refused, 4: Renew, 5: Release})
+
+ConsumerMessage = ReadBlocks | Renew | Release
+ProducerMessage = Blocks | Refused
+
+_CONSUME, _PRODUCE = "do_remote_prefill", "do_remote_decode"
+
+
+def produce_params(handoff_id: HandoffId) -> dict[str, Any]:
+    """Return the `kv_transfer_params` that make vLLM hold a request's KV cache."""
+    return {_PRODUCE: True, "handoff_id": handoff_id}
+
+
+def consume_params(offer: Offer) -> dict[str, Any]:
+    """Return the `kv_transfer_params` that make vLLM pull `offer`."""
+    return {_CONSUME: True, "offer": asdict(offer)}
+
+
+def handoff_to_produce(params: Mapping[str, Any] | None) -> HandoffId | None:
+    """Return the hand-off a request is to be held under, None if it is not."""
+    return HandoffId(params["handoff_id"]) if params and params.get(_PRODUCE) else None
+
+
+def offer_to_consume(params: Mapping[str, Any] | None) -> Offer | None:
+    """Return the offer a request is to pull, None if it prefills by itself."""
+    return _offer(params["offer"]) if params and params.get(_CONSUME) else None
+
+
+def offered_params(offer: Offer) -> dict[str, Any]:
+    """Return what vLLM attaches to a producing request's last output."""
+    return {"offer": asdict(offer)}
+
+
+def offered(params: Mapping[str, Any] | None) -> Offer | None:
+    """Return the offer attached to a producing request's last output."""
+    return _offer(params["offer"]) if params and "offer" in params else None
+
+
+def _offer(document: Mapping[str, Any]) -> Offer:
+    return Offer(
+        **{
+            **document,
+            "handoff_id": HandoffId(document["handoff_id"]),
+            "worker_id": WorkerId(document["worker_id"]),
+            "endpoints": tuple(document["endpoints"]),
+        }
+    )
