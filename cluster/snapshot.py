@@ -1,0 +1,41 @@
+"""What a router knows of the workers: the controller's entry for each, and who is ready."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self, cast
+
+from cluster.names import Role, WorkerId
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEntry:
+    """One worker as the controller lists it, once it has passed its warm-up.
+
+    `epoch` names one life of the worker's engine; `domain` its network domain, empty where the
+    cluster has no such labels.
+    """
+
+    worker_id: WorkerId
+    role: Role
+    endpoint: str
+    epoch: int
+    node: str
+    domain: str = ""
+
+    def as_document(self) -> dict[str, object]:
+        return {**dataclasses.asdict(self), "role": self.role.value}
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, object]) -> Self:
+        """Return the entry; raise `TypeError` or `ValueError` for anything but its fields."""
+        fields = cast(dict[str, Any], {**document, "role": Role(cast(str, document["role"]))})
+        return cls(**fields)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadyWorker:
+    """A listed worker that answers, with the queue it last reported."""
+
+    entry: WorkerEntry
+    num_waiting: int

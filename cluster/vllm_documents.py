@@ -1,0 +1,77 @@
+"""vLLM's sampling parameters and log-probabilities as documents the wire carries, both ways.
+
+A document holds only what `cluster.wire` accepts. The router writes sampling documents after
+vLLM's input processor has filled the derived fields (EOS, stop ids, bad-word ids, the chosen
+grammar backend), so a worker needs neither tokenizer nor generation config to read one.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, cast
+
+import msgspec
+import numpy as np
+import torch
+from vllm.exceptions import VLLMError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.outputs import LogprobsLists, LogprobsTensors
+
+from cluster.errors import RequestInvalid
+
+_GRAMMAR = "structured_outputs"
+
+
+def sampling_document(sampling: SamplingParams) -> dict[str, object]:
+    """Return `sampling` as a document without the fields that have their default."""
+    document = cast(dict[str, object], msgspec.to_builtins(sampling, str_keys=True))
+    if document.get(_GRAMMAR) is not None:
+        # A JSON schema may nest deeper than the wire lets a document nest; text may not.
+        document[_GRAMMAR] = json.dumps(document[_GRAMMAR])
+    return document
+
+
+def sampling_from_document(document: Mapping[str, object]) -> SamplingParams:
+    """Return the parameters in `document`; raise `RequestInvalid` if it holds none."""
+    fields = dict(document)
+    try:
+        if isinstance(grammar := fields.get(_GRAMMAR), str):
+            fields[_GRAMMAR] = json.loads(grammar)
+        return msgspec.convert(fields, SamplingParams, str_keys=True)
+    except (msgspec.ValidationError, VLLMError, ValueError, TypeError, RecursionError) as error:
+        raise RequestInvalid(f"not a sampling document: {error}") from None
+
+
+def logprobs_document(logprobs: LogprobsLists) -> dict[str, object]:
+    """Return one request's slice of sampled-token log-probabilities as a document."""
+    return {
+        "token_ids": logprobs.logprob_token_ids.tolist(),
+        "logprobs": logprobs.logprobs.tolist(),
+        "ranks": logprobs.sampled_token_ranks.tolist(),
+    }
+
+
+def logprobs_from_document(document: Mapping[str, Any]) -> LogprobsLists:
+    """Return the log-probabilities `logprobs_document` wrote."""
+    return LogprobsLists(
+        np.asarray(document["token_ids"], dtype=np.int32),
+        np.asarray(document["logprobs"], dtype=np.float32),
+        np.asarray(document["ranks"], dtype=np.int32),
+    )
+
+
+def prompt_logprobs_document(logprobs: LogprobsTensors) -> dict[str, object]:
+    """Return one request's prompt log-probabilities as a document."""
+    return {
+        "token_ids": logprobs.logprob_token_ids.tolist(),
+        "logprobs": logprobs.logprobs.tolist(),
+        "ranks": logprobs.selected_token_ranks.tolist(),
+    }
+
+
+def prompt_logprobs_from_document(document: Mapping[str, Any]) -> LogprobsTensors:
+    """Return the prompt log-probabilities `prompt_logprobs_document` wrote."""
+    return LogprobsTensors(
+        torch.tensor(document["token_ids"], dtype=torch.int32),
+        torch.tensor(document["logprobs"], dtype=torch.float32),
+        torch.tensor(document["ranks"], dtype=torch.int32),
+    )

@@ -1,0 +1,278 @@
+"""A real vLLM engine core behind the `Engine` protocol: tokens in, tokens out.
+
+The router has tokenised and will detokenise, so the worker drives `EngineCore` through vLLM's
+own client and skips `AsyncLLM`. The KV connector is named by path: this part does not import
+`kv_transfer`.
+"""
+
+import asyncio
+import os
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+import zmq.asyncio
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
+from vllm.v1.engine import FinishReason as VllmFinishReason
+from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
+from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.v1.executor import Executor
+from vllm.v1.metrics.stats import PrefillStats as VllmPrefillStats
+
+from cluster.config import HandoffSection, ModelSection
+from cluster.engine import (
+    EngineDead,
+    EngineFacts,
+    EngineLoad,
+    EngineOutput,
+    EngineRequest,
+    HandoffWords,
+)
+from cluster.engine_control import CODEC, AskLoad, BlockLoad, DropHandoffs
+from cluster.messages import PrefillStats, Receipt
+from cluster.names import FinishReason, HandoffId, RequestId, WorkerId
+from cluster.vllm_documents import (
+    logprobs_document,
+    prompt_logprobs_document,
+    sampling_from_document,
+)
+
+_CONTROL_TIMEOUT_MS = 2000
+_FINISH = {
+    VllmFinishReason.STOP: FinishReason.STOP,
+    VllmFinishReason.LENGTH: FinishReason.LENGTH,
+    VllmFinishReason.REPETITION: FinishReason.REPETITION,
+    VllmFinishReason.ABORT: FinishReason.ABORT,
+    VllmFinishReason.ERROR: FinishReason.ERROR,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class VllmEngineSettings:
+    """What one engine is built from; `words` spells hand-offs the connector's way."""
+
+    worker_id: WorkerId
+    model: ModelSection
+    handoff: HandoffSection
+    cpus: tuple[int, ...]
+    words: HandoffWords
+
+
+def set_process_environment(settings: VllmEngineSettings) -> None:
+    """Set what vLLM reads from the environment of this process and its children.
+
+    vLLM has no other way in for these: its engine processes are spawned and read them there.
+    """
+    cores = ",".join(map(str, settings.cpus))
+    # The default, auto, gives every engine of a machine the same cores.
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores or "nobind"
+    os.environ["VLLM_NO_USAGE_STATS"] = "1"
+    os.environ["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
+
+
+class VllmEngine:
+    """One engine core and its workers, in processes that die with this one."""
+
+    def __init__(self, settings: VllmEngineSettings) -> None:
+        self._settings = settings
+        self._epoch = secrets.randbits(63)
+        # An abstract socket: nothing on disk, gone with the process however it ends.
+        self._control_endpoint = f"ipc://@{settings.worker_id}-{self._epoch:x}"
+        self._waiting: set[str] = set()
+        self._running: set[str] = set()
+        self._client: AsyncMPClient | None = None
+        self._control_lock = asyncio.Lock()
+
+    async def start(self) -> EngineFacts:
+        """Start the processes, load the model, open the KV-plane port; 20-30 s on a CPU."""
+        set_process_environment(self._settings)
+        self._config = self._engine_args().create_engine_config(UsageContext.ENGINE_CONTEXT)
+        self._client = await asyncio.to_thread(
+            EngineCoreClient.make_async_mp_client,
+            vllm_config=self._config,
+            executor_class=Executor.get_class(self._config),
+            log_stats=False,
+        )
+        load = await self._control(AskLoad())
+        return EngineFacts(
+            model=self._settings.model.name,
+            block_size=load.block_size,
+            num_blocks=load.num_blocks,
+            max_model_len=self._config.model_config.max_model_len,
+            vocab_size=self._config.model_config.get_vocab_size(),
+            epoch=self._epoch,
+            fingerprint=load.fingerprint,
+            is_simulated=False,
+        )
+
+    def _engine_args(self) -> AsyncEngineArgs:
+        model = self._settings.model
+        settings: dict[str, Any] = {
+            "model": model.path,
+            "dtype": model.dtype,
+            "max_model_len": model.max_model_len,
+            "block_size": model.block_size,
+            "max_num_batched_tokens": model.chunk_tokens,
+            "max_num_seqs": model.max_num_seqs,
+            "kv_cache_memory_bytes": model.kv_cache_bytes,
+            "seed": model.seed,
+            "enable_chunked_prefill": True,
+            # With a placement group and TP > 1 vLLM would silently choose its Ray executor.
+            "distributed_executor_backend": "mp",
+            "disable_log_stats": True,
+            **model.engine_args,
+            "kv_transfer_config": self._connector_config(),
+        }
+        return AsyncEngineArgs(
+            **{key: value for key, value in settings.items() if value is not None}
+        )
+
+    def _connector_config(self) -> dict[str, Any]:
+        return {
+            "kv_connector": "TandemConnector",
+            "kv_connector_module_path": "kv_transfer.connector",
+            # Either role, so that a role flip needs no restart.
+            "kv_role": "kv_both",
+            # The router knows better where to prefill again than the engine that failed.
+            "kv_load_failure_policy": "fail",
+            "kv_connector_extra_config": {
+                "worker_id": self._settings.worker_id,
+                "epoch": self._epoch,
+                "control_endpoint": self._control_endpoint,
+                "handoff": self._settings.handoff.model_dump(),
+            },
+        }
+
+    async def submit(self, request: EngineRequest) -> None:
+        """Raises `RequestInvalid` if the sampling document is none."""
+        sampling = self._sampling(request)
+        self._waiting.add(request.request_id)
+        await self._core.add_request_async(
+            EngineCoreRequest(
+                request_id=request.request_id,
+                prompt_token_ids=list(request.prompt_token_ids),
+                mm_features=None,
+                sampling_params=sampling,
+                pooling_params=None,
+                arrival_time=time.time(),
+                lora_request=None,
+                cache_salt=request.cache_salt,
+                data_parallel_rank=None,
+                priority=request.priority,
+            )
+        )
+
+    def _sampling(self, request: EngineRequest) -> SamplingParams:
+        words = self._settings.words
+        if request.produce is not None:
+            # Greedy and without seed: a seeded prompt over two steps kills the CPU engine, and
+            # this token is not the client's.
+            sampling = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
+            sampling.extra_args = {"kv_transfer_params": words.produce_params(request.produce)}
+            return sampling
+        sampling = sampling_from_document(request.sampling)
+        if request.consume is not None:
+            params = words.consume_params(request.consume)
+            sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": params}
+        return sampling
+
+    async def outputs(self) -> AsyncIterator[Sequence[EngineOutput]]:
+        """Yield each engine step's news; raise `EngineDead` when the engine is."""
+        while True:
+            try:
+                batch = await self._core.get_output_async()
+            except EngineDeadError as error:
+                raise EngineDead(f"vLLM engine of {self._settings.worker_id} died") from error
+            if batch.outputs:
+                yield [self._output(output) for output in batch.outputs]
+
+    def _output(self, output: EngineCoreOutput) -> EngineOutput:
+        request_id = RequestId(output.request_id)
+        self._waiting.discard(request_id)
+        self._running.add(request_id)
+        if output.finish_reason is not None:
+            self._running.discard(request_id)
+        params = output.kv_transfer_params or {}
+        receipt = params.get("receipt")
+        prompt_logprobs = output.new_prompt_logprobs_tensors
+        return EngineOutput(
+            request_id=request_id,
+            token_ids=tuple(output.new_token_ids),
+            finish_reason=None if output.finish_reason is None else _FINISH[output.finish_reason],
+            stop_reason=output.stop_reason,
+            logprobs=logprobs_document(output.new_logprobs) if output.new_logprobs else None,
+            prompt_logprobs=prompt_logprobs_document(prompt_logprobs) if prompt_logprobs else None,
+            stats=_stats(output.prefill_stats),
+            offer=self._settings.words.offered(params),
+            receipt=Receipt(**receipt) if receipt else None,
+            handoff_error=params.get("handoff_error"),
+        )
+
+    async def abort(self, request_ids: Sequence[RequestId]) -> None:
+        """End requests wherever they are; no output follows."""
+        self._waiting.difference_update(request_ids)
+        self._running.difference_update(request_ids)
+        await self._core.abort_requests_async(list(request_ids))
+
+    async def release(self, handoff_ids: Sequence[HandoffId]) -> None:
+        """Free held KV caches that nobody will pull; unknown ones are ignored."""
+        await self._control(DropHandoffs(tuple(handoff_ids)))
+
+    async def load(self) -> EngineLoad:
+        blocks = await self._control(AskLoad())
+        return EngineLoad(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            num_blocks=blocks.num_blocks,
+            num_free_blocks=blocks.num_free_blocks,
+            num_held_blocks=blocks.num_held_blocks,
+            num_held_handoffs=blocks.num_held_handoffs,
+            counts=_counts(blocks.counts),
+        )
+
+    async def _control(self, message: AskLoad | DropHandoffs) -> BlockLoad:
+        """Ask the connector's scheduler half; a fresh socket each time cannot get out of step."""
+        context = zmq.asyncio.Context.instance()
+        async with self._control_lock:
+            with context.socket(zmq.REQ) as socket:
+                socket.setsockopt(zmq.LINGER, 0)
+                socket.setsockopt(zmq.RCVTIMEO, _CONTROL_TIMEOUT_MS)
+                socket.connect(self._control_endpoint)
+                try:
+                    await socket.send(CODEC.encode(message))
+                    answer = CODEC.decode(await socket.recv())
+                except zmq.Again:
+                    raise EngineDead(f"{self._settings.worker_id}: no answer on control") from None
+        assert isinstance(answer, BlockLoad)
+        return answer
+
+    async def stop(self) -> None:
+        """End the engine's processes; safe to call twice and on an engine that is dead."""
+        if self._client is not None:
+            await asyncio.to_thread(self._client.shutdown, 5.0)
+
+    @property
+    def _core(self) -> AsyncMPClient:
+        assert self._client is not None, "start() first"
+        return self._client
+
+
+def _stats(stats: VllmPrefillStats | None) -> PrefillStats | None:
+    if stats is None:
+        return None
+    return PrefillStats(
+        num_prompt_tokens=stats.num_prompt_tokens,
+        num_computed_tokens=stats.num_computed_tokens,
+        num_local_cached_tokens=stats.num_local_cached_tokens,
+        num_transferred_tokens=stats.num_external_cached_tokens,
+    )
+
+
+def _counts(counts: Mapping[str, object]) -> dict[str, int]:
+    return {kind: count for kind, count in counts.items() if isinstance(count, int)}
