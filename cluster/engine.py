@@ -91,6 +91,49 @@ class HandoffWords(Protocol):
     def offered(self, params: Mapping[str, Any] | None) -> Offer | None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class EndedPull:
+    """A pull that is over; `failure` is None when every block is in place."""
+
+    key: str
+    failure: str | None
+    receipt: Receipt
+
+
+class HandoffPort(Protocol):
+    """The KV plane as an engine without vLLM sees it: its blocks, held, pulled and ended.
+
+    Calls return at once; ends come from `take_freed` and `take_pulls`, each key once.
+    """
+
+    endpoints: tuple[str, ...]
+    fingerprint: str
+
+    def write(self, block_id: int, content: bytes) -> None: ...
+
+    def read(self, block_id: int) -> bytes: ...
+
+    def hold(self, key: str, handoff_id: HandoffId, block_ids: Sequence[int]) -> None: ...
+
+    def drop(self, handoff_id: HandoffId) -> None: ...
+
+    def pull(self, key: str, offer: Offer, block_ids: Sequence[int]) -> None: ...
+
+    def announce(self, offer: Offer) -> None: ...
+
+    def give_up(self, offer: Offer) -> None: ...
+
+    def cancel(self, key: str) -> None: ...
+
+    def take_freed(self) -> Sequence[str]: ...
+
+    def take_pulls(self) -> Sequence[EndedPull]: ...
+
+    def totals(self) -> Mapping[str, int]: ...
+
+    def close(self) -> None: ...
+
+
 class Engine(Protocol):
     """Raises `EngineDead` from any method once the engine cannot go on."""
 

@@ -1,7 +1,16 @@
 """Engines as a worker loads them by name: each composed with its hand-off side."""
 
+import json
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.config import ModelSection
 from cluster.engine import Engine
 from cluster.worker_spec import WorkerSpec
+
+if TYPE_CHECKING:
+    from cluster.sim_engine import SimulatedModel
 
 
 def vllm_engine(spec: WorkerSpec) -> Engine:
@@ -17,4 +26,35 @@ def vllm_engine(spec: WorkerSpec) -> Engine:
             cpus=spec.cpus,
             words=protocol,
         )
+    )
+
+
+def simulated_engine(spec: WorkerSpec) -> Engine:
+    """Return a simulated engine over real hand-offs; loads neither torch nor vLLM."""
+    from cluster.sim_engine import SimulatedEngine
+    from kv_transfer.host_port import HostHandoffPort
+    from kv_transfer.layout import BlockLayout, GroupLayout
+
+    config, epoch = spec.config, secrets.randbits(63)
+    model = _simulated_model(config.model)
+    group = GroupLayout(model.block_size, (config.simulated.block_bytes,))
+    layout = BlockLayout((group,), {"model": model.name, "engine": "simulated"})
+    port = HostHandoffPort(layout, config.simulated.num_blocks, config.handoff, epoch)
+    return SimulatedEngine(
+        spec.worker_id, model, config.simulated, config.handoff.lease_s, port, epoch
+    )
+
+
+def _simulated_model(section: ModelSection) -> "SimulatedModel":
+    """Read the sizes a simulated model keeps from the real one's `config.json`."""
+    from cluster.sim_engine import SimulatedModel
+
+    facts = json.loads((Path(section.path) / "config.json").read_text())
+    return SimulatedModel(
+        name=section.name,
+        vocab_size=facts["vocab_size"],
+        max_model_len=section.max_model_len or facts["max_position_embeddings"],
+        block_size=section.block_size or 128,
+        chunk_tokens=section.chunk_tokens,
+        max_num_seqs=section.max_num_seqs,
     )

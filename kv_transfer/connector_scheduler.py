@@ -178,7 +178,7 @@ class SchedulerHalf:
     # The control socket's thread. Reads are of single attributes; orders go through a deque.
 
     def _serve_control(self) -> None:
-        socket = zmq.Context.instance().socket(zmq.REP)
+        socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REP)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVTIMEO, 500)
         socket.bind(self._settings.control_endpoint)

@@ -136,16 +136,16 @@ class WorkerHalf:
     def take_results(self) -> KVConnectorTransferResults:
         """Return, each key once, the holds and pulls that ended since the last step."""
         assert self._port is not None
-        ended = self._port.poll()
-        failures = {pull.key: pull.failure for pull in ended.pulls if pull.failure}
+        freed, pulls = self._port.take_freed(), self._port.take_pulls()
+        failures = {pull.key: pull.failure for pull in pulls if pull.failure}
         totals = self._port.totals()
-        if ended.pulls or totals != self._last_totals:
-            receipts = {pull.key: pull.receipt for pull in ended.pulls}
+        if pulls or totals != self._last_totals:
+            receipts = {pull.key: pull.receipt for pull in pulls}
             self._report = WorkerReport(receipts, failures, totals)
             self._last_totals = totals
         return KVConnectorTransferResults(
-            finished_sending=set(ended.freed),
-            finished_recving={pull.key for pull in ended.pulls},
+            finished_sending=set(freed),
+            finished_recving={pull.key for pull in pulls},
             failed_recving=set(failures),
         )
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 import xxhash
 
+from cluster.engine import EndedPull
 from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId
 from kv_transfer.blocks import BlockStore
@@ -33,15 +34,6 @@ class Pull:
     offer: Offer
     block_ids: tuple[tuple[int, ...], ...]
     first_blocks: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class PullResult:
-    """How a pull ended; `failure` is None when every block is in place."""
-
-    key: str
-    failure: str | None
-    receipt: Receipt
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +70,7 @@ class Consumer:
         stall_timeout_s: float,
         renew_s: float,
     ) -> None:
-        self.results: list[PullResult] = []
+        self.results: list[EndedPull] = []
         self.counts: Counter[str] = Counter()
         self._store = store
         self._rank = rank
@@ -218,7 +210,7 @@ class Consumer:
             active.num_blocks, active.received_bytes, active.produced_bytes, transfer_s
         )
         self.counts["pulls_loaded" if failure is None else "pulls_failed"] += 1
-        self.results.append(PullResult(active.pull.key, failure, receipt))
+        self.results.append(EndedPull(active.pull.key, failure, receipt))
         if self._rank < len(offer.endpoints):
             yield self._order(offer, Release(offer.handoff_id, offer.epoch, failure is None))
 

@@ -9,18 +9,19 @@ import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
 import zmq
 
 from cluster.config import HandoffSection
+from cluster.engine import EndedPull
 from cluster.messages import Offer
 from cluster.names import HandoffId
 from cluster.wire import WireError
 from kv_transfer.blocks import BlockStore
-from kv_transfer.consumer import Consumer, Order, Pull, PullResult
+from kv_transfer.consumer import Consumer, Order, Pull
 from kv_transfer.handoff import ProducerEvent
 from kv_transfer.producer import Answer, Hold, Producer
 from kv_transfer.protocol import CODEC, Blocks, ReadBlocks, Refused, Release, Renew
@@ -33,14 +34,6 @@ _MAX_PAYLOAD_BYTES = 1 << 30
 logger = logging.getLogger(__name__)
 
 Entry = TypeVar("Entry")
-
-
-@dataclass(frozen=True, slots=True)
-class PortResults:
-    """What happened since the last poll: engine keys whose holds ended, and pulls that did."""
-
-    freed: Sequence[str]
-    pulls: Sequence[PullResult]
 
 
 @dataclass(slots=True)
@@ -78,7 +71,7 @@ class HandoffPort:
         self.counts: Counter[str] = Counter()
         self._commands: deque[Callable[[], None]] = deque()
         self._freed: deque[str] = deque()
-        self._pulls: deque[PullResult] = deque()
+        self._pulls: deque[EndedPull] = deque()
         self._connections: dict[str, _Connection] = {}
         self._poller = zmq.Poller()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -112,9 +105,13 @@ class HandoffPort:
     def cancel(self, key: str) -> None:
         self._command(lambda: self._send(self.consumer.cancel(key)))
 
-    def poll(self) -> PortResults:
-        """Return and forget what ended since the last call; each key once."""
-        return PortResults(_drain(self._freed), _drain(self._pulls))
+    def take_freed(self) -> list[str]:
+        """Return and forget the engine keys whose holds ended since the last call."""
+        return _drain(self._freed)
+
+    def take_pulls(self) -> list[EndedPull]:
+        """Return and forget the pulls that ended since the last call."""
+        return _drain(self._pulls)
 
     def totals(self) -> dict[str, int]:
         """Return how often each thing has happened on this port since it opened."""
