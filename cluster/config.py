@@ -79,6 +79,9 @@ class HandoffSection(Section):
     checksum: bool = Field(True, description="checksum every chunk (xxh3-64)")
     stall_timeout_s: Seconds = Field(3.0, description="a pull without progress fails after this")
     bind_host: str = Field("127.0.0.1", description="address the KV plane listens on")
+    fault: Literal["none", "corrupt_received_block"] = Field(
+        "none", description="for tests: damages one block of every chunk received"
+    )
 
 
 class RouterSection(Section):

@@ -36,7 +36,7 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Router to worker, every second: silence of 3 s aborts the router's requests."""
+    """Router to worker, several a second: silence of 3 s aborts the router's requests."""
 
     router_id: RouterId
 

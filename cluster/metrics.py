@@ -9,7 +9,8 @@ MALFORMED_FRAMES = Counter(
 )
 PROMPT_TOKENS = Counter(
     "tandem_prompt_tokens",
-    "Prompt tokens on decode by origin: transferred, reused (cached there) or recomputed",
+    "Prompt tokens on decode by origin: transferred, reused (cached there), recomputed, or local"
+    " (decode's own to compute)",
     ["origin"],
 )
 OUTPUT_TOKENS = Counter("tandem_output_tokens", "Tokens generated for clients")

@@ -1,10 +1,11 @@
-"""What each process of an engine does first: die with its parent, and get its CPU's tiles."""
+"""How a process of an engine ends: with its parent, and at once when told to."""
 
+import atexit
+import gc
+import multiprocessing
 import os
 import select
 import threading
-
-import torch
 
 
 def die_with_parent() -> None:
@@ -14,6 +15,10 @@ def die_with_parent() -> None:
     its own parent's pidfd, so the tree goes from the top down within milliseconds.
     """
     descriptor = os.pidfd_open(os.getppid())
+    parent = multiprocessing.parent_process()
+    if parent is not None and os.getppid() != parent.pid:
+        # It ended while this process was still importing; whoever adopted us lives for ever.
+        os._exit(1)
 
     def wait() -> None:
         poller = select.poll()
@@ -24,10 +29,10 @@ def die_with_parent() -> None:
     threading.Thread(target=wait, name="parent-watch", daemon=True).start()
 
 
-def claim_amx_tiles() -> None:
-    """Ask the kernel for AMX tile permission; vLLM's CPU attention uses tiles without asking.
+def end_quickly() -> None:
+    """Spare the interpreter its last search for cycles when this process exits.
 
-    A decode-only worker would die with SIGILL: no local prefill ever asks for it. A no-op on
-    CPUs without AMX.
+    Over the 640,000 objects of an imported vLLM it takes 2 to 4 s of the 5 s an engine has to
+    stop. At exit, because vLLM thaws the heap once more on its way there.
     """
-    torch.cpu._init_amx()
+    atexit.register(gc.freeze)

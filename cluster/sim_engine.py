@@ -21,6 +21,7 @@ from cluster.engine import (
     EngineRequest,
     HandoffPort,
 )
+from cluster.errors import ConfigError
 from cluster.messages import Offer, PrefillStats, Receipt
 from cluster.names import FinishReason, HandoffId, RequestId, WorkerId
 
@@ -101,6 +102,11 @@ class SimulatedEngine:
         return f"<SimulatedEngine {counts} free={len(self._free)} held={len(self._held)}>"
 
     async def start(self) -> EngineFacts:
+        needed = self._num_blocks(self._model.max_model_len + 1)
+        if needed >= self._section.num_blocks:
+            # A request that never fits would keep all behind it waiting.
+            reason = f"simulated.num_blocks {self._section.num_blocks}: a request of"
+            raise ConfigError(f"{reason} {self._model.max_model_len} tokens takes {needed}")
         return EngineFacts(
             model=self._model.name,
             block_size=self._model.block_size,

@@ -177,9 +177,12 @@ class VllmEngine:
             sampling.extra_args = {"kv_transfer_params": words.produce_params(request.produce)}
             return sampling
         sampling = sampling_from_document(request.sampling)
+        extra = sampling.extra_args or {}
+        # The connector believes these parameters, so a document's own never reach it.
+        extra.pop("kv_transfer_params", None)
         if request.consume is not None:
-            params = words.consume_params(request.consume)
-            sampling.extra_args = {**(sampling.extra_args or {}), "kv_transfer_params": params}
+            extra["kv_transfer_params"] = words.consume_params(request.consume)
+        sampling.extra_args = extra or None
         return sampling
 
     async def outputs(self) -> AsyncIterator[Sequence[EngineOutput]]:
@@ -194,8 +197,10 @@ class VllmEngine:
 
     def _output(self, output: EngineCoreOutput) -> EngineOutput:
         request_id = RequestId(output.request_id)
-        self._waiting.discard(request_id)
-        self._running.add(request_id)
+        if request_id in self._waiting:
+            # Not for what was aborted while this output was on its way.
+            self._waiting.discard(request_id)
+            self._running.add(request_id)
         if output.finish_reason is not None:
             self._running.discard(request_id)
         params = output.kv_transfer_params or {}

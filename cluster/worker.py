@@ -141,12 +141,17 @@ class Worker:
         if isinstance(message, Heartbeat):
             await self._socket.send(peer, [self._snapshot(await self._engine.load())])
         elif isinstance(message, Cancel):
-            self._forget(message.request_id)
-            await self._end(self._role.cancel(message.request_id))
+            if self._owners.get(message.request_id) == peer:
+                self._forget(message.request_id)
+                await self._end(self._role.cancel(message.request_id))
         else:
             await self._submit(peer, message)
 
     async def _submit(self, peer: bytes, message: Prefill | Decode) -> None:
+        if message.request_id in self._owners:
+            taken = Rejected(message.request_id, "a request of this id is open here")
+            await self._socket.send(peer, [taken])
+            return
         accepted = self._role.accept(message)
         if isinstance(accepted, Rejected):
             await self._socket.send(peer, [accepted])
@@ -210,8 +215,13 @@ class Worker:
     async def _watch(self) -> None:
         """Abort the requests of routers that have not spoken for the time-out."""
         while True:
+            before = time.monotonic()
             await asyncio.sleep(_WATCH_S)
-            silent_since = time.monotonic() - self._spec.config.router.worker_timeout_s
+            now = time.monotonic()
+            if now - before > 2 * _WATCH_S:
+                # This loop was held up itself: what routers sent meanwhile is read first.
+                continue
+            silent_since = now - self._spec.config.router.worker_timeout_s
             for peer, state in list(self._peers.items()):
                 if state.last_seen < silent_since:
                     await self._drop_peer(peer, state)
@@ -222,6 +232,9 @@ class Worker:
         for request_id in list(state.request_ids):
             self._owners.pop(request_id, None)
             await self._end(self._role.cancel(request_id))
+            # A router that was only held up goes on, and must not wait for what was ended.
+            ended = Failed(request_id, "engine", "ended: the router was silent")
+            await self._socket.send(peer, [ended])
 
     def _forget(self, request_id: RequestId) -> None:
         peer = self._owners.pop(request_id, None)

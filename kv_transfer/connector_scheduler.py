@@ -16,7 +16,7 @@ from vllm.v1.request import RequestStatus
 from cluster.engine_control import CODEC, AskLoad, BlockLoad, DropHandoffs
 from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId
-from cluster.process_guard import die_with_parent
+from cluster.process_guard import die_with_parent, end_quickly
 from cluster.wire import WireError
 from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddress, WorkerReport
 from kv_transfer.consumer import Pull
@@ -39,6 +39,7 @@ class SchedulerHalf:
 
     def __init__(self, settings: ConnectorSettings, kv_cache_config: "KVCacheConfig") -> None:
         die_with_parent()
+        end_quickly()
         self._settings = settings
         self._block_sizes = [
             group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups
@@ -123,13 +124,13 @@ class SchedulerHalf:
         """Take in which holds ended and what pulls brought."""
         for key in output.finished_sending or ():
             self._held.pop(key, None)
-        for key in output.finished_recving or ():
-            self._pulling.discard(key)
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
-            self._receipts |= report.receipts
-            self._failures |= report.failures
+            # Nobody will ask for what a cancelled pull brought.
+            self._receipts |= {k: v for k, v in report.receipts.items() if k in self._pulling}
+            self._failures |= {k: v for k, v in report.failures.items() if k in self._pulling}
             self._totals = report.totals
+        self._pulling.difference_update(output.finished_recving or ())
 
     def on_request_finished(
         self, request: "Request", block_ids: tuple[list[int], ...]
@@ -145,6 +146,7 @@ class SchedulerHalf:
         if unused is not None:
             self._orders.given_up.append(unused)
         if key in self._pulling and request.status is RequestStatus.FINISHED_ABORTED:
+            self._pulling.discard(key)
             self._orders.cancels.append(key)
         return False, self._account(key)
 

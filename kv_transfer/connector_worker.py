@@ -7,7 +7,8 @@ import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
-from cluster.process_guard import claim_amx_tiles, die_with_parent
+from cluster.process_guard import die_with_parent, end_quickly
+from cluster.vllm_cpu import claim_amx_tiles, make_seeded_prompts_chunkable
 from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddress, WorkerReport
 from kv_transfer.layout import BlockLayout, GroupLayout
 from kv_transfer.port import HandoffPort
@@ -75,7 +76,10 @@ class WorkerHalf:
         kv_cache_config: "KVCacheConfig",
     ) -> None:
         die_with_parent()
-        claim_amx_tiles()
+        end_quickly()
+        if vllm_config.device_config.device_type == "cpu":
+            claim_amx_tiles()
+            make_seeded_prompts_chunkable()
         self._settings = settings
         self._vllm_config = vllm_config
         self._kv_cache_config = kv_cache_config

@@ -4,7 +4,7 @@ Single-threaded: `port.HandoffPort` calls it from its one thread with the time o
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import xxhash
@@ -24,6 +24,8 @@ from kv_transfer.protocol import (
     Release,
     Renew,
 )
+
+Damage = Callable[[Read, memoryview], memoryview]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class Consumer:
     """Starts, feeds and ends pulls; `results` collects one result per pull, always.
 
     `rank` picks the producer's endpoint: ranks of one tensor-parallel degree pair off.
+    `damage`, of tests, sees every chunk asked for before it is checked.
     """
 
     def __init__(
@@ -69,6 +72,7 @@ class Consumer:
         window: int,
         stall_timeout_s: float,
         renew_s: float,
+        damage: Damage | None = None,
     ) -> None:
         self.results: list[EndedPull] = []
         self.counts: Counter[str] = Counter()
@@ -78,6 +82,7 @@ class Consumer:
         self._window = window
         self._stall_timeout_s = stall_timeout_s
         self._renew_s = renew_s
+        self._damage_received = damage
         self._active: dict[HandoffId, _Active] = {}
         self._by_key: dict[str, HandoffId] = {}
         self._announced: dict[HandoffId, tuple[Offer, float]] = {}
@@ -87,18 +92,22 @@ class Consumer:
 
     def announce(self, offer: Offer, now: float) -> None:
         """Keep the producer's lease alive until the pull can start."""
-        self._announced[offer.handoff_id] = (offer, now)
+        if self._has_endpoint(offer):
+            self._announced[offer.handoff_id] = (offer, now)
 
     def give_up(self, offer: Offer) -> Iterable[Order]:
         """An announced offer will not be pulled: let the producer free its blocks."""
         self._announced.pop(offer.handoff_id, None)
-        if offer.handoff_id not in self._active:
+        if offer.handoff_id not in self._active and self._has_endpoint(offer):
             yield self._order(offer, Release(offer.handoff_id, offer.epoch, is_loaded=False))
 
     def start(self, pull: Pull, now: float) -> Iterable[Order]:
         """Begin a pull; an offer this engine cannot read fails at once."""
         offer = pull.offer
         self._announced.pop(offer.handoff_id, None)
+        if offer.handoff_id in self._active:
+            self._report(pull, "this hand-off is being pulled already", Receipt(0, 0, 0, 0.0))
+            return
         reads = plan_reads(self._store.layout, pull.block_ids, pull.first_blocks, self._chunk_bytes)
         active = _Active(pull, ConsumerHandoff(tuple(reads), self._window), now, now)
         self._active[offer.handoff_id] = active
@@ -146,6 +155,8 @@ class Consumer:
         if read not in active.handoff.asked:
             self.counts["chunks_foreign"] += 1
             return
+        if self._damage_received is not None and payload is not None:
+            payload = self._damage_received(read, payload)
         damage = self._damage(read, message, payload)
         if damage or payload is None:
             self.counts["chunks_damaged"] += 1
@@ -178,7 +189,7 @@ class Consumer:
         mine = self._store.layout.fingerprint
         if offer.fingerprint != mine:
             return f"layout {offer.fingerprint} of {offer.worker_id} is not this engine's {mine}"
-        if self._rank >= len(offer.endpoints):
+        if not self._has_endpoint(offer):
             return f"{offer.worker_id} has {len(offer.endpoints)} ranks, this is {self._rank}"
         return None
 
@@ -209,10 +220,17 @@ class Consumer:
         receipt = Receipt(
             active.num_blocks, active.received_bytes, active.produced_bytes, transfer_s
         )
-        self.counts["pulls_loaded" if failure is None else "pulls_failed"] += 1
-        self.results.append(EndedPull(active.pull.key, failure, receipt))
-        if self._rank < len(offer.endpoints):
+        self._report(active.pull, failure, receipt)
+        if self._has_endpoint(offer):
             yield self._order(offer, Release(offer.handoff_id, offer.epoch, failure is None))
+
+    def _report(self, pull: Pull, failure: str | None, receipt: Receipt) -> None:
+        self.counts["pulls_loaded" if failure is None else "pulls_failed"] += 1
+        self.results.append(EndedPull(pull.key, failure, receipt))
+
+    def _has_endpoint(self, offer: Offer) -> bool:
+        """Whether the offer names a port for this rank; offers come from the wire."""
+        return self._rank < len(offer.endpoints)
 
     def _endpoint(self, offer: Offer) -> str:
         return offer.endpoints[self._rank]

@@ -20,6 +20,7 @@ from cluster.engine import EndedPull
 from cluster.messages import Offer
 from cluster.names import HandoffId
 from cluster.wire import WireError
+from kv_transfer import faults
 from kv_transfer.blocks import BlockStore
 from kv_transfer.consumer import Consumer, Order, Pull
 from kv_transfer.handoff import ProducerEvent
@@ -28,7 +29,9 @@ from kv_transfer.protocol import CODEC, Blocks, ReadBlocks, Refused, Release, Re
 
 _TICK_MS = 100
 _IDLE_CONNECTION_S = 60.0
-# More than a chunk and its headroom: whatever is larger is dropped before it is allocated.
+_CLOSE_S = 5.0
+# Whatever is larger is dropped before it is allocated, and its sender disconnected.
+_MAX_REQUEST_BYTES = 64 << 10
 _MAX_PAYLOAD_BYTES = 1 << 30
 
 logger = logging.getLogger(__name__)
@@ -54,7 +57,8 @@ class HandoffPort:
         context: zmq.Context[zmq.Socket[bytes]] | None = None,
     ) -> None:
         self._context = context or zmq.Context()
-        self._listener = self._socket(zmq.ROUTER)
+        self._owns_context = context is None
+        self._listener = self._socket(zmq.ROUTER, _MAX_REQUEST_BYTES)
         port = self._listener.bind_to_random_port(f"tcp://{section.bind_host}")
         self.endpoint = f"tcp://{section.bind_host}:{port}"
         self.producer = Producer(
@@ -67,6 +71,7 @@ class HandoffPort:
             section.reads_in_flight,
             section.stall_timeout_s,
             section.lease_s / 3,
+            faults.damage_of(section.fault, store.layout),
         )
         self.counts: Counter[str] = Counter()
         self._commands: deque[Callable[[], None]] = deque()
@@ -87,7 +92,7 @@ class HandoffPort:
     # Commands: called from the engine's thread.
 
     def hold(self, hold: Hold) -> None:
-        self._command(lambda: self._answer(self.producer.hold(hold, time.monotonic())))
+        self._command(lambda: self.producer.hold(hold, time.monotonic()))
 
     def abort(self, handoff_id: HandoffId) -> None:
         """End a hold that nobody will pull."""
@@ -118,28 +123,41 @@ class HandoffPort:
         return dict(self.counts + self.producer.counts + self.consumer.counts)
 
     def close(self) -> None:
-        """Stop the thread and close every socket; held blocks are forgotten."""
+        """Stop the thread and close every socket; held blocks are forgotten. Safe twice."""
+        if self._is_closing:
+            return
         self._is_closing = True
         os.eventfd_write(self._wake_fd, 1)
-        self._thread.join(timeout=5)
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():
+            logger.error("the KV plane of %s does not end: its thread is left", self.endpoint)
+            return
+        os.close(self._wake_fd)
+        if self._owns_context:
+            self._context.term()
 
     def _command(self, command: Callable[[], None]) -> None:
-        self._commands.append(command)
-        os.eventfd_write(self._wake_fd, 1)
+        """Have the port's thread run `command`; a closed port has nobody to tell."""
+        if not self._is_closing:
+            self._commands.append(command)
+            os.eventfd_write(self._wake_fd, 1)
 
     # The port's thread.
 
     def _run(self) -> None:
         while not self._is_closing:
-            try:
-                self._turn()
-            except zmq.ZMQError:
-                # One peer's socket trouble must not end everybody's hand-offs.
-                logger.exception("socket error on the KV plane")
+            self._guard(self._turn)
         for connection in self._connections.values():
             connection.socket.close()
         self._listener.close()
-        os.close(self._wake_fd)
+
+    def _guard(self, step: Callable[[], None]) -> None:
+        """Run `step`; a dead thread would end all hand-offs and pin every held block."""
+        try:
+            step()
+        except Exception:
+            self.counts["port_errors"] += 1
+            logger.exception("error on the KV plane of %s", self.endpoint)
 
     def _turn(self) -> None:
         ready = dict(self._poller.poll(_TICK_MS))
@@ -157,7 +175,7 @@ class HandoffPort:
 
     def _run_commands(self) -> None:
         while self._commands:
-            self._commands.popleft()()
+            self._guard(self._commands.popleft())
 
     def _tick(self) -> None:
         now = time.monotonic()
@@ -208,18 +226,22 @@ class HandoffPort:
     def _connection(self, endpoint: str) -> zmq.Socket[bytes]:
         connection = self._connections.get(endpoint)
         if connection is None:
-            socket = self._socket(zmq.DEALER)
-            socket.connect(endpoint)
+            socket = self._socket(zmq.DEALER, _MAX_PAYLOAD_BYTES)
+            try:
+                socket.connect(endpoint)
+            except zmq.ZMQError:
+                socket.close()
+                raise
             self._poller.register(socket, zmq.POLLIN)
             connection = self._connections[endpoint] = _Connection(socket, 0.0)
         connection.last_used = time.monotonic()
         return connection.socket
 
-    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+    def _socket(self, kind: int, max_bytes: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, _MAX_PAYLOAD_BYTES)
+        socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
         return socket
 
 

@@ -26,6 +26,8 @@ from kv_transfer.protocol import (
 
 # A read can overtake the engine step that tells us of the hold: it waits this long for it.
 UNKNOWN_GRACE_S = 1.0
+# Hand-offs remembered after their end, so that a late read is refused without that wait.
+_ENDED_KEPT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,18 +89,24 @@ class Producer:
         self._held: dict[HandoffId, _Held] = {}
         self._leases = LeaseTable(lease_s)
         self._parked: list[_Parked] = []
+        self._ended: dict[HandoffId, None] = {}
 
     def __repr__(self) -> str:
         return f"<Producer held={len(self._held)} parked={len(self._parked)}>"
 
-    def hold(self, hold: Hold, now: float) -> Iterable[Answer]:
-        """Take blocks into custody; answer the reads that came before."""
+    def hold(self, hold: Hold, now: float) -> None:
+        """Take blocks into custody; reads that came before are answered by the next `tick`.
+
+        Answering them here would nest: `catch_up` may run many holds during one gather.
+        """
+        if hold.handoff_id in self._held:
+            # Two prompts under one name: a read could get the other's blocks, so neither is held.
+            self.counts["handoffs_duplicate"] += 1
+            self.end(hold.handoff_id, ProducerEvent.ABORTED)
+            self.freed.append(hold.key)
+            return
         self._held[hold.handoff_id] = _Held(hold, ProducerHandoff())
         self._leases.touch(hold.handoff_id, now)
-        mine = [parked for parked in self._parked if parked.read.handoff_id == hold.handoff_id]
-        self._parked = [parked for parked in self._parked if parked not in mine]
-        for parked in mine:
-            yield self._serve(parked.peer, parked.read, now)
 
     def end(self, handoff_id: HandoffId, event: ProducerEvent) -> None:
         """End a hand-off; one that is already over or unknown is left alone."""
@@ -111,7 +119,8 @@ class Producer:
     def handle(self, peer: bytes, message: ConsumerMessage, now: float) -> Iterable[Answer]:
         """Act on one message; nothing a peer sends raises."""
         if isinstance(message, ReadBlocks):
-            if message.handoff_id not in self._held and message.epoch == self._epoch:
+            is_known = message.handoff_id in self._held or message.handoff_id in self._ended
+            if not is_known and message.epoch == self._epoch:
                 self._parked.append(_Parked(peer, message, now))
                 return
             yield self._serve(peer, message, now)
@@ -124,14 +133,17 @@ class Producer:
             self.end(message.handoff_id, ProducerEvent.RELEASED)
 
     def tick(self, now: float) -> Iterable[Answer]:
-        """Expire leases and give up on reads whose hold never came."""
+        """Expire leases; answer reads whose hold has come, give up on those it never did."""
         for handoff_id in self._leases.take_expired(now):
             self.end(handoff_id, ProducerEvent.EXPIRED)
-        late = [parked for parked in self._parked if now - parked.since >= UNKNOWN_GRACE_S]
-        if late:
-            self._parked = [parked for parked in self._parked if parked not in late]
-        for parked in late:
-            yield self._refuse(parked.peer, parked.read, Refusal.UNKNOWN, "no such hand-off")
+        parked, self._parked = self._parked, []
+        for entry in parked:
+            if entry.read.handoff_id in self._held:
+                yield self._serve(entry.peer, entry.read, now)
+            elif now - entry.since >= UNKNOWN_GRACE_S:
+                yield self._refuse(entry.peer, entry.read, Refusal.UNKNOWN, "no such hand-off")
+            else:
+                self._parked.append(entry)
 
     def _serve(self, peer: bytes, read: ReadBlocks, now: float) -> Answer:
         refusal = self._objection(read)
@@ -141,13 +153,15 @@ class Producer:
         self._leases.touch(read.handoff_id, now)
         self._advance(read.handoff_id, ProducerEvent.READ_STARTED)
         positions = slice(read.first_block, read.first_block + read.num_blocks)
-        payload = self._store.gather(read.group, held.hold.block_ids[read.group][positions])
-        # Preemption or an abort may have taken the blocks while they were copied; bytes of a
-        # reused block have a valid checksum, so ownership is checked again before sending.
-        self._catch_up()
-        is_still_ours = self._held[read.handoff_id].handoff.is_readable
-        answer = self._blocks(peer, read, payload) if is_still_ours else None
-        self._advance(read.handoff_id, ProducerEvent.READ_ENDED)
+        try:
+            payload = self._store.gather(read.group, held.hold.block_ids[read.group][positions])
+            # Preemption or an abort may have taken the blocks while they were copied; bytes of a
+            # reused block have a valid checksum, so ownership is checked again before sending.
+            self._catch_up()
+            is_still_ours = self._held[read.handoff_id].handoff.is_readable
+            answer = self._blocks(peer, read, payload) if is_still_ours else None
+        finally:
+            self._advance(read.handoff_id, ProducerEvent.READ_ENDED)
         return answer or self._refuse(peer, read, Refusal.ENDED, "ended while being read")
 
     def _objection(self, read: ReadBlocks) -> tuple[Refusal, str] | None:
@@ -196,3 +210,6 @@ class Producer:
         if handoff.is_over:
             self.freed.append(held.hold.key)
             del self._held[handoff_id]
+            self._ended[handoff_id] = None
+            if len(self._ended) > _ENDED_KEPT:
+                del self._ended[next(iter(self._ended))]

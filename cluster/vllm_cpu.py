@@ -1,0 +1,64 @@
+"""Two cures for vLLM 0.32's CPU engine, applied in each of its worker processes.
+
+Both are about work that only CUDA was built for; neither does anything on a GPU worker.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class RewindableGenerator(torch.Generator):
+    """A CPU generator that can take back one draw.
+
+    vLLM draws for every row of a step and takes the draw of an unfinished prompt back by
+    rewinding the generator's offset (`gpu_model_runner.py:3499`); a CPU generator has none and
+    raises, which ends the engine. This one goes back to the state it was copied in.
+    """
+
+    def rewind_to(self, original: torch.Generator) -> "RewindableGenerator":
+        self._state = original.get_state()
+        self.set_state(self._state)
+        return self
+
+    def get_offset(self) -> int:
+        return 0
+
+    def set_offset(self, offset: int) -> None:
+        self.set_state(self._state)
+
+
+def claim_amx_tiles() -> None:
+    """Ask the kernel for AMX tile permission; CPU attention uses tiles without asking.
+
+    A decode-only worker would die with SIGILL: no local prefill ever asks for it. A no-op on
+    CPUs without AMX.
+    """
+    torch.cpu._init_amx()
+
+
+def make_seeded_prompts_chunkable() -> None:
+    """Let a seeded request's prompt span several steps without ending the CPU engine."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    sample = CPUModelRunner._sample
+
+    def sample_rewindably(runner: Any, *args: Any, **kwargs: Any) -> Any:
+        _prepare_rewind(runner)
+        return sample(runner, *args, **kwargs)
+
+    CPUModelRunner._sample = sample_rewindably
+
+
+def _prepare_rewind(runner: Any) -> None:
+    """Before the draw, copy the generators whose draw this step takes back."""
+    batch = runner.input_batch
+    if not batch.generators:
+        return
+    for row in np.nonzero(runner.discard_request_mask.np[: batch.num_reqs])[0]:
+        original = batch.generators.get(int(row))
+        if original is not None:
+            generator = RewindableGenerator(device="cpu").rewind_to(original)
+            batch.generators[int(row)] = generator
+            runner.requests[batch.req_ids[row]].generator = generator
