@@ -1,0 +1,124 @@
+"""The endpoint's routes: the models' ones go to vLLM's apps, the operator's ones are here."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+
+from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from cluster.config import RouterSection
+from router.dispatch import ModelDispatch
+from router.exchange import AsgiApp, ExchangeLayer, Placed, Receive, Scope, Send
+from router.http_errors import HttpFailure
+
+# vLLM's other routes drive an engine (sleep, scale, profile, LoRA, abort by id) or a cloud.
+SERVED_PATHS = frozenset(
+    {
+        "/v1/models",
+        "/v1/chat/completions",
+        "/v1/chat/completions/batch",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/inference/v1/generate",
+        "/tokenize",
+        "/detokenize",
+        "/version",
+    }
+)
+_DEFAULT_RECENT = 100
+_MAX_RECENT = 10_000
+
+Document = Mapping[str, object]
+
+
+@dataclass(frozen=True, slots=True)
+class Operations:
+    """What the operator's routes show; each is read afresh per call and must not block."""
+
+    health: Callable[[], tuple[bool, str]]
+    record: Callable[[str], Document | None]
+    recent: Callable[[int], Sequence[Document]]
+    pinned: Callable[[], Document]
+
+
+def build_surface(
+    frontends: Mapping[str, AsgiApp],
+    operations: Operations,
+    record_of: Callable[[str], Placed | None],
+    config: RouterSection,
+) -> ExchangeLayer:
+    """Return the whole HTTP endpoint over one front-end per model name."""
+    surface = Surface(ModelDispatch(frontends), operator_app(operations))
+    return ExchangeLayer(surface, record_of, config.max_body_bytes)
+
+
+class Surface:
+    """Sends each request to the models or to the operator's routes, which own the 404 too."""
+
+    def __init__(self, models: AsgiApp, operator: AsgiApp) -> None:
+        self._models = models
+        self._operator = operator
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_for_models = scope["type"] == "http" and scope["path"] in SERVED_PATHS
+        await (self._models if is_for_models else self._operator)(scope, receive, send)
+
+
+def operator_app(operations: Operations) -> Starlette:
+    """Return the routes for people and machines that look after the deployment.
+
+    They are coroutines so that they read the router's state in its own thread.
+    """
+
+    async def health(_request: Request) -> Response:
+        is_healthy, reason = operations.health()
+        status = HTTPStatus.OK if is_healthy else HTTPStatus.SERVICE_UNAVAILABLE
+        return JSONResponse({"healthy": is_healthy, "reason": reason}, status)
+
+    async def record(request: Request) -> Response:
+        exchange_id = request.path_params["exchange_id"]
+        document = operations.record(exchange_id)
+        if document is None:
+            raise HTTPException(HTTPStatus.NOT_FOUND, f"no record of request {exchange_id}")
+        return JSONResponse(document)
+
+    async def recent(request: Request) -> Response:
+        text = request.query_params.get("limit", str(_DEFAULT_RECENT))
+        if not text.isdecimal() or not 1 <= int(text[:9]) <= _MAX_RECENT:
+            message = f"limit must be a number from 1 to {_MAX_RECENT}"
+            raise HTTPException(HTTPStatus.BAD_REQUEST, message)
+        return JSONResponse({"requests": list(operations.recent(int(text)))})
+
+    async def pinned(_request: Request) -> Response:
+        return JSONResponse(operations.pinned())
+
+    routes = {
+        "/health": health,
+        "/metrics": _metrics,
+        "/admin/requests": recent,
+        "/admin/requests/{exchange_id}": record,
+        "/debug/pinned": pinned,
+    }
+    return Starlette(
+        routes=[Route(path, route) for path, route in routes.items()],
+        exception_handlers={HTTPException: _not_served},
+    )
+
+
+async def _metrics(_request: Request) -> Response:
+    return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _not_served(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    status = HTTPStatus(error.status_code)
+    failure = HttpFailure(status, status.phrase, f"{request.url.path}: {error.detail}")
+    headers = {"content-type": "application/json", **(error.headers or {})}
+    return Response(failure.body(), status, headers)

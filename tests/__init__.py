@@ -1,0 +1,1 @@
+"""Tests; packages, so that two tiers may name a file alike."""

@@ -1,0 +1,1 @@
+"""Tests over real sockets, processes or vLLM's front-end."""

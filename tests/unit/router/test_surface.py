@@ -1,0 +1,131 @@
+"""Which app answers which path, and what the operator's routes say."""
+
+import json
+
+import httpx
+import pytest
+
+from cluster import metrics
+from cluster.config import RouterSection
+from router.dispatch import ModelDispatch
+from router.exchange import AsgiApp, Receive, Scope, Send
+from router.surface import Operations, build_surface
+
+RECORDS: dict[str, dict[str, object]] = {name: {"id": name} for name in ("first", "second")}
+OPERATIONS = Operations(
+    health=lambda: (True, "serving"),
+    record=RECORDS.get,
+    recent=lambda limit: list(RECORDS.values())[:limit],
+    pinned=lambda: {"open_reservations": 3},
+)
+
+
+def frontend(name: str) -> AsgiApp:
+    """Stands for a model's app: lists its model, and tells who was asked what."""
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        message = await receive()
+        body = message["body"]
+        while message.get("more_body"):
+            message = await receive()
+            body += message["body"]
+        answer: dict[str, object] = {"by": name, "body": body.decode()}
+        if scope["method"] == "GET":
+            answer = {"object": "list", "data": [{"id": name}]}
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": json.dumps(answer).encode()})
+
+    return app
+
+
+def endpoint(*names: str, operations: Operations = OPERATIONS) -> httpx.AsyncClient:
+    frontends = {name: frontend(name) for name in names}
+    app = build_surface(frontends, operations, lambda _: None, RouterSection())
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tandem")
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "answer"),
+    [
+        ("/health", 200, {"healthy": True, "reason": "serving"}),
+        ("/admin/requests/first", 200, {"id": "first"}),
+        ("/admin/requests", 200, {"requests": [{"id": "first"}, {"id": "second"}]}),
+        ("/admin/requests?limit=1", 200, {"requests": [{"id": "first"}]}),
+        ("/debug/pinned", 200, {"open_reservations": 3}),
+        ("/v1/models", 200, {"object": "list", "data": [{"id": "a"}]}),
+    ],
+)
+async def test_answers(path: str, status: int, answer: object) -> None:
+    async with endpoint("a") as client:
+        response = await client.get(path)
+    assert (response.status_code, response.json()) == (status, answer)
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/nowhere", 404),
+        ("/admin/requests/third", 404),
+        ("/admin/requests?limit=0", 400),
+        ("/admin/requests?limit=many", 400),
+        ("/admin/requests?limit=" + "9" * 5000, 400),
+    ],
+)
+async def test_refusals_are_openai_style(path: str, status: int) -> None:
+    async with endpoint("a") as client:
+        response = await client.get(path)
+    assert response.status_code == response.json()["error"]["code"] == status
+    assert response.headers["x-request-id"]
+
+
+async def test_wrong_method() -> None:
+    async with endpoint("a") as client:
+        response = await client.post("/health")
+    assert response.status_code == response.json()["error"]["code"] == 405
+    assert "GET" in response.headers["allow"]
+
+
+async def test_sick_deployment() -> None:
+    sick = Operations(lambda: (False, "no decode worker"), RECORDS.get, lambda _: [], dict)
+    async with endpoint("a", operations=sick) as client:
+        response = await client.get("/health")
+    assert response.status_code == 503
+    assert response.json() == {"healthy": False, "reason": "no decode worker"}
+
+
+async def test_metrics_are_this_process_s() -> None:
+    async with endpoint("a") as client:
+        response = await client.get("/metrics")
+    assert response.headers["content-type"].startswith("text/plain")
+    assert "tandem_requests_total" in response.text, metrics.REQUESTS
+
+
+@pytest.mark.parametrize(
+    ("content", "by"),
+    [
+        (b'{"model": "b", "x": 1}', "b"),
+        (b'{"model": "a"}', "a"),
+        (b'{"model": "unknown"}', "a"),
+        (b'{"model": 7}', "a"),
+        (b"[1]", "a"),
+        (b"not JSON", "a"),
+        (b"[" * 100_000, "a"),
+    ],
+)
+async def test_models_go_by_the_body(content: bytes, by: str) -> None:
+    async with endpoint("a", "b") as client:
+        response = await client.post("/v1/completions", content=content)
+    assert response.json() == {"by": by, "body": content.decode()}
+
+
+async def test_models_of_all_front_ends_are_listed() -> None:
+    async with endpoint("a", "b") as client:
+        response = await client.get("/v1/models")
+        version = await client.get("/version")
+    assert [model["id"] for model in response.json()["data"]] == ["a", "b"]
+    assert version.status_code == 200
+
+
+def test_no_model_is_no_endpoint() -> None:
+    with pytest.raises(ValueError, match="at least one model"):
+        ModelDispatch({})
