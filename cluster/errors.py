@@ -1,4 +1,4 @@
-"""Errors grouped by what the caller can do next; HTTP status is chosen in `router/app.py`."""
+"""Errors grouped by what the caller can do next; `router/http_errors.py` gives them a status."""
 
 
 class TandemError(Exception):

@@ -1,0 +1,159 @@
+"""The router as a Ray Serve deployment: builds the parts of a router and keeps its list fresh.
+
+Each replica is a whole router of its own. It asks the controller for the workers once a second
+and goes on with the last list while the controller does not answer.
+"""
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Mapping, Sequence
+from random import Random
+from typing import Any
+
+import ray
+import zmq.asyncio
+from ray import serve
+
+from cluster.config import TandemConfig
+from cluster.names import Role, RouterId
+from cluster.ray_plane import find_controller
+from cluster.snapshot import WorkerEntry
+from router.exchange import REQUEST_ID_HEADER, AsgiApp, Message, Receive, Scope, Send
+from router.flow import Flow
+from router.membership import Membership
+from router.records import Records, RequestRecord
+from router.surface import Operations, build_surface
+
+POLL_S = 1.0
+_ANSWER_TIMEOUT_S = 3.0
+# Admission is the flow's: Serve must not queue or refuse before it.
+_MAX_ONGOING = 10_000
+
+logger = logging.getLogger(__name__)
+
+
+class ControllerView:
+    """What the controller last said, and whether it still says anything."""
+
+    def __init__(self, deployment: str) -> None:
+        self._deployment = deployment
+        self._controller: Any = None
+        self.health: tuple[bool, str] | None = None
+
+    async def ask(self) -> Sequence[WorkerEntry] | None:
+        """Return the workers that may serve, None if the controller does not answer."""
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                if self._controller is None:
+                    self._controller = await asyncio.to_thread(find_controller, self._deployment)
+                documents = await self._controller.workers.remote()
+                self.health = await self._controller.health.remote()
+                return [WorkerEntry.from_document(document) for document in documents]
+        except (TimeoutError, TypeError, ValueError, ray.exceptions.RayError) as error:
+            # It may come back under the same name, as another actor, or of another version.
+            self._controller, self.health = None, None
+            logger.warning("the controller does not answer as it should: %s", error)
+            return None
+
+
+class RouterReplica:
+    """One router: links, flow, records, HTTP surface. Serve calls the dunder methods."""
+
+    async def __init__(self, config: TandemConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+        # vLLM's front-end takes seconds to import and only replicas need it.
+        from router.app import build_frontend
+
+        self._records = Records(config.router.records)
+        self._context = zmq.asyncio.Context()
+        router_id = RouterId(f"{config.cluster.name}-router-{uuid.uuid4().hex[:8]}")
+        timeout_s = config.router.worker_timeout_s
+        self._membership = Membership(self._context, router_id, timeout_s)
+        self._flow = Flow(config.router, self._membership, self._records, Random())
+        frontend = await build_frontend(config.model, self._flow)
+        operations = Operations(self._health, self._record, self._recent, self._flow.status)
+        surface = build_surface(
+            {config.model.name: frontend}, operations, self._latest_record, config.router
+        )
+        self._surface = WithoutRequestId(surface)
+        self._view = ControllerView(config.cluster.name)
+        self._polling = asyncio.create_task(self._poll())
+
+    def __serve_build_asgi_app__(self) -> AsgiApp:
+        return self._surface
+
+    async def check_health(self) -> None:
+        """Serve replaces a replica that fails this, streams and all: it asks for liveness
+        only. Whether requests can be served is what `/health` says."""
+        if self._polling.done():
+            raise RuntimeError("the router no longer follows the controller")
+
+    async def __del__(self) -> None:
+        self._polling.cancel()
+        await asyncio.gather(self._polling, return_exceptions=True)
+        self._flow.close()
+        await self._membership.close()
+        self._context.destroy(linger=0)
+
+    async def _poll(self) -> None:
+        while True:
+            entries = await self._view.ask()
+            if entries is not None:
+                await self._membership.update(entries)
+            await asyncio.sleep(POLL_S)
+
+    def _health(self) -> tuple[bool, str]:
+        if self._view.health is not None and not self._view.health[0]:
+            return self._view.health
+        missing = [role.value for role in Role if not self._membership.ready(role)]
+        if missing:
+            return False, f"no {' and no '.join(missing)} worker answers this router"
+        return True, "serving"
+
+    def _latest_record(self, exchange_id: str) -> RequestRecord | None:
+        exchange = self._records.get(exchange_id)
+        return exchange.sequences[-1] if exchange is not None else None
+
+    def _record(self, exchange_id: str) -> Mapping[str, object] | None:
+        exchange = self._records.get(exchange_id)
+        return exchange.as_document() if exchange is not None else None
+
+    def _recent(self, num: int) -> list[Mapping[str, object]]:
+        return [
+            {"exchange_id": record.exchange_id, **record.as_document()}
+            for record in self._records.latest(num)
+        ]
+
+
+class WithoutRequestId:
+    """Leaves the `x-request-id` of a response to Serve, which adds the same one to each."""
+
+    def __init__(self, app: AsgiApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def pass_on(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                name = REQUEST_ID_HEADER.encode()
+                kept = [header for header in message["headers"] if header[0] != name]
+                message = {**message, "headers": kept}
+            await send(message)
+
+        await self._app(scope, receive, pass_on)
+
+
+def router_application(config: TandemConfig, env: Mapping[str, str]) -> Any:
+    """Return the Serve application that runs the configured number of routers."""
+    deployment = serve.deployment(
+        name="router",
+        num_replicas=config.router.replicas,
+        max_ongoing_requests=_MAX_ONGOING,
+        graceful_shutdown_timeout_s=config.cluster.drain_s,
+        graceful_shutdown_wait_loop_s=0.1,
+        # CUDA_VISIBLE_DEVICES: the front-end only needs a tokenizer, never the accelerator.
+        ray_actor_options={
+            "num_cpus": 0,
+            "runtime_env": {"env_vars": {**env, "CUDA_VISIBLE_DEVICES": ""}},
+        },
+    )
+    return deployment(serve.ingress()(RouterReplica)).bind(config)

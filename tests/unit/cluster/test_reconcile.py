@@ -1,0 +1,224 @@
+"""The controller's decisions: sizes, warm-up hand-offs, blame, and when to try again."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.names import Role, WorkerId
+from cluster.reconcile import (
+    MAX_PROOFS,
+    Action,
+    Desired,
+    ListWorker,
+    Observed,
+    ObservedWorker,
+    Pair,
+    ProveHandoff,
+    StartWorker,
+    StopWorker,
+    Trouble,
+    WorkerState,
+    backoff_s,
+    decide,
+    health,
+    is_failing,
+)
+
+PREFILL, DECODE = Role.PREFILL, Role.DECODE
+PENDING, WARMING, READY = WorkerState.PENDING, WorkerState.WARMING, WorkerState.READY
+ONE_EACH = Desired({PREFILL: 1, DECODE: 1})
+
+
+def worker(name: str, state: WorkerState) -> ObservedWorker:
+    return ObservedWorker(WorkerId(name), PREFILL if name.startswith("p") else DECODE, state)
+
+
+def pool(**states: WorkerState) -> tuple[ObservedWorker, ...]:
+    return tuple(worker(name, state) for name, state in states.items())
+
+
+def pair(prefill: str, decode: str) -> Pair:
+    return WorkerId(prefill), WorkerId(decode)
+
+
+def kinds(actions: list[Action]) -> list[tuple[str, object]]:
+    """Return each action as its name and what it is about, without its reason."""
+    about = {
+        StartWorker: lambda a: a.role,
+        ProveHandoff: lambda a: a.pair,
+        ListWorker: lambda a: a.worker_id,
+        StopWorker: lambda a: a.worker_id,
+    }
+    return [(type(action).__name__, about[type(action)](action)) for action in actions]
+
+
+def test_starts_what_is_missing_in_both_pools() -> None:
+    actions = decide(Desired({PREFILL: 2, DECODE: 1}), Observed(pool(p1=READY)), now=0.0)
+    assert kinds(actions) == [("StartWorker", PREFILL), ("StartWorker", DECODE)]
+    assert actions[0].reason == "1 of 2 prefill workers"
+
+
+def test_stops_the_youngest_of_too_many() -> None:
+    observed = Observed(pool(p1=READY, p2=PENDING, d1=READY))
+    assert kinds(decide(ONE_EACH, observed, now=0.0)) == [("StopWorker", "p2")]
+
+
+def test_a_stopping_worker_counts_as_gone() -> None:
+    observed = Observed(pool(p1=WorkerState.STOPPING, d1=READY))
+    assert kinds(decide(ONE_EACH, observed, now=0.0)) == [("StartWorker", PREFILL)]
+
+
+def test_a_pool_in_trouble_waits_out_its_backoff() -> None:
+    trouble = Trouble(failures=3, last_at=10.0, reason="boom")
+    observed = Observed(pool(d1=READY), failed_starts={PREFILL: trouble})
+    assert decide(ONE_EACH, observed, now=10.0 + backoff_s(3) - 0.01) == []
+    (action,) = decide(ONE_EACH, observed, now=10.0 + backoff_s(3))
+    assert action.reason == "0 of 1 prefill workers; try 4 after: boom"
+
+
+@given(st.integers(0, 200))
+def test_backoff_grows_and_is_bounded(failures: int) -> None:
+    assert 0.0 <= backoff_s(failures) <= backoff_s(failures + 1) <= 60.0
+
+
+def test_every_new_pair_proves_a_handoff_before_anyone_is_listed() -> None:
+    observed = Observed(pool(p1=WARMING, p2=WARMING, d1=WARMING))
+    actions = decide(Desired({PREFILL: 2, DECODE: 1}), observed, now=0.0)
+    assert kinds(actions) == [
+        ("ProveHandoff", ("p1", "d1")),
+        ("ProveHandoff", ("p2", "d1")),
+    ]
+
+
+def test_a_running_proof_is_not_started_twice() -> None:
+    observed = Observed(pool(p1=WARMING, d1=WARMING), testing=frozenset({pair("p1", "d1")}))
+    assert decide(ONE_EACH, observed, now=0.0) == []
+
+
+def test_a_proven_pair_is_listed() -> None:
+    observed = Observed(pool(p1=WARMING, d1=WARMING), proven=frozenset({pair("p1", "d1")}))
+    assert kinds(decide(ONE_EACH, observed, now=0.0)) == [
+        ("ListWorker", "p1"),
+        ("ListWorker", "d1"),
+    ]
+
+
+def test_a_newcomer_must_hand_over_with_every_listed_peer() -> None:
+    observed = Observed(
+        pool(p1=READY, p2=READY, d1=READY, d2=WARMING), proven=frozenset({pair("p1", "d2")})
+    )
+    actions = decide(Desired({PREFILL: 2, DECODE: 2}), observed, now=0.0)
+    assert kinds(actions) == [("ProveHandoff", ("p2", "d2"))]
+
+
+def test_a_worker_without_any_peer_is_not_listed() -> None:
+    observed = Observed(pool(p1=WARMING, d1=PENDING))
+    assert decide(ONE_EACH, observed, now=0.0) == []
+
+
+def test_warm_up_can_be_switched_off() -> None:
+    observed = Observed(pool(p1=WARMING, d1=PENDING))
+    desired = Desired({PREFILL: 1, DECODE: 1}, proof=False)
+    assert kinds(decide(desired, observed, now=0.0)) == [("ListWorker", "p1")]
+
+
+def failed(*pairs: Pair) -> dict[Pair, Trouble]:
+    return {p: Trouble(MAX_PROOFS, 0.0, "0 of 263 prompt tokens arrived") for p in pairs}
+
+
+@pytest.mark.parametrize(
+    ("workers", "proven", "broken", "blamed"),
+    [
+        # A newcomer is to blame, not the worker that serves already.
+        (pool(p1=READY, d1=WARMING), [], [pair("p1", "d1")], ["d1"]),
+        # Two newcomers: nobody knows which.
+        (pool(p1=WARMING, d1=WARMING), [], [pair("p1", "d1")], ["p1", "d1"]),
+        # One of them has handed over with someone else.
+        (
+            pool(p1=WARMING, d1=WARMING, d2=WARMING),
+            [pair("p1", "d2")],
+            [pair("p1", "d1")],
+            ["d1"],
+        ),
+        # A broken newcomer fails with everybody and is stopped once.
+        (
+            pool(p1=READY, p2=READY, d1=WARMING),
+            [],
+            [pair("p1", "d1"), pair("p2", "d1")],
+            ["d1"],
+        ),
+    ],
+)
+def test_who_is_stopped_when_a_pair_keeps_failing(
+    workers: tuple[ObservedWorker, ...], proven: list[Pair], broken: list[Pair], blamed: list[str]
+) -> None:
+    observed = Observed(workers, frozenset(proven), failed_proofs=failed(*broken))
+    sizes = {role: len([w for w in workers if w.role is role]) for role in Role}
+    actions = decide(Desired(sizes), observed, now=100.0)
+    stopped = [action for action in actions if isinstance(action, StopWorker)]
+    assert [action.worker_id for action in stopped] == blamed
+    assert all(action.is_failure and "263 prompt tokens" in action.reason for action in stopped)
+
+
+def test_a_failed_proof_is_tried_again_after_its_backoff() -> None:
+    trouble = Trouble(1, last_at=5.0, reason="no KV bytes arrived")
+    observed = Observed(pool(p1=WARMING, d1=WARMING), failed_proofs={pair("p1", "d1"): trouble})
+    assert decide(ONE_EACH, observed, now=5.5) == []
+    assert kinds(decide(ONE_EACH, observed, now=6.0)) == [("ProveHandoff", ("p1", "d1"))]
+
+
+def test_health_names_the_missing_pool_and_why() -> None:
+    assert health(Observed(pool(p1=READY, d1=READY))) == (True, "serving")
+    trouble = {DECODE: Trouble(1, 0.0, "decode-1: no such model")}
+    is_healthy, reason = health(Observed(pool(p1=READY), failed_starts=trouble))
+    assert not is_healthy
+    assert reason == "no warm decode worker; decode: decode-1: no such model"
+
+
+def test_failing_means_that_a_pool_cannot_get_its_first_worker() -> None:
+    trouble = {DECODE: Trouble(5, 0.0, "boom")}
+    assert is_failing(Observed(pool(p1=READY), failed_starts=trouble))
+    assert not is_failing(Observed(pool(p1=READY, d1=READY), failed_starts=trouble))
+    assert not is_failing(Observed(pool(p1=READY)))
+
+
+STATES = st.lists(st.sampled_from(list(WorkerState)), max_size=4)
+
+
+@given(STATES, STATES, st.integers(1, 4), st.integers(1, 4), st.data())
+def test_decisions_are_sane_in_any_state(
+    prefills: list[WorkerState],
+    decodes: list[WorkerState],
+    want_p: int,
+    want_d: int,
+    data: st.DataObject,
+) -> None:
+    workers = tuple(worker(f"p{i}", s) for i, s in enumerate(prefills))
+    workers += tuple(worker(f"d{i}", s) for i, s in enumerate(decodes))
+    pairs = [
+        (p.worker_id, d.worker_id)
+        for p in workers
+        for d in workers
+        if (p.role, d.role) == (PREFILL, DECODE)
+    ]
+    proven = data.draw(st.frozensets(st.sampled_from(pairs))) if pairs else frozenset()
+    observed = Observed(workers, proven)
+    desired = Desired({PREFILL: want_p, DECODE: want_d})
+    states = {w.worker_id: w.state for w in workers}
+    actions = decide(desired, observed, now=0.0)
+    assert decide(desired, observed, now=0.0) == actions
+    for role in Role:
+        alive = [w for w in workers if w.role is role and w.state is not WorkerState.STOPPING]
+        starts = [a for a in actions if isinstance(a, StartWorker) and a.role is role]
+        stops = [
+            a
+            for a in actions
+            if isinstance(a, StopWorker) and a.worker_id in {w.worker_id for w in alive}
+        ]
+        assert len(alive) + len(starts) - len(stops) == desired.workers[role]
+    for action in actions:
+        if isinstance(action, ListWorker):
+            assert states[action.worker_id] is WARMING
+        if isinstance(action, ProveHandoff):
+            assert {states[w] for w in action.pair} <= {WARMING, READY}
+            assert action.pair not in proven
