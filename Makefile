@@ -1,0 +1,148 @@
+# Everything a user or developer runs. `make help` lists the targets; docs/development.md explains them.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+LOCKS := deploy/locks
+PYTHON_FITS := import sys, ensurepip, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for p in python3 python3.11 python3.12; do \
+	if $$p -c '$(PYTHON_FITS)' 2>/dev/null; then echo $$p; break; fi; done)
+# The dependency set: gpu where nvidia-smi answers, else cpu. `make SET=cpu ...` overrides.
+SET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+PIP_INSTALL := $(PY) -m pip install --quiet --no-deps --disable-pip-version-check
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# Debian packages the tests need.
+APT_PACKAGES :=
+
+# Flags of `make serve` and `make demo`; an empty one leaves tandem's default.
+PREFILL ?=
+DECODE ?=
+PORT ?=
+MODEL ?=
+ARGS ?=
+TANDEM_FLAGS = $(if $(PREFILL),--prefill $(PREFILL)) $(if $(DECODE),--decode $(DECODE)) \
+	$(if $(PORT),--port $(PORT)) $(if $(MODEL),--model $(MODEL)) $(ARGS)
+
+COLOUR := $(if $(MAKE_TERMOUT),auto,no)
+PYTEST := $(PY) -m pytest --color=$(COLOUR)
+TIERS := tests/contract tests/integration tests/e2e tests/chaos
+ifeq ($(MAKE_TERMOUT),)
+export NO_COLOR := 1
+endif
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z%-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- environment
+
+RUNTIME_STAMP := $(VENV)/.installed-$(SET)
+DEV_STAMP := $(VENV)/.installed-$(SET)-dev
+
+.PHONY: venv
+venv: $(RUNTIME_STAMP) ## make .venv and install the locked runtime packages
+
+.PHONY: venv-dev
+venv-dev: $(DEV_STAMP) ## the same, with the packages that lint and tests need
+
+$(PY):
+	@test -n "$(PYTHON)" || { echo "error: needs Python 3.11 or 3.12 with venv" \
+		"(Debian: apt-get install python3-venv); name it with PYTHON=" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(RUNTIME_STAMP): $(LOCKS)/cpu.txt $(LOCKS)/cpu-torch.txt $(LOCKS)/gpu.txt pyproject.toml | $(PY)
+	rm -f $(VENV)/.installed-*
+	@echo "installing the $(SET) set into $(VENV); the first time this takes minutes"
+ifeq ($(SET),cpu)
+	$(PIP_INSTALL) -r $(LOCKS)/cpu-torch.txt || \
+		$(PIP_INSTALL) --index-url $(TORCH_CPU_INDEX) -r $(LOCKS)/cpu-torch.txt
+endif
+	$(PIP_INSTALL) -r $(LOCKS)/$(SET).txt
+	$(PIP_INSTALL) --no-build-isolation -e .
+	touch $@
+
+$(DEV_STAMP): $(RUNTIME_STAMP) $(LOCKS)/dev.txt
+	$(PIP_INSTALL) -r $(LOCKS)/dev.txt
+	touch $@
+
+.PHONY: system-deps
+system-deps: ## install the Debian packages that tests need (as root; else print the line)
+	@missing=""; for p in $(APT_PACKAGES); do \
+		[ "$$(dpkg-query -W -f '$${db:Status-Status}' $$p 2>/dev/null)" = installed ] \
+			|| missing="$$missing $$p"; done; \
+	if [ -z "$$missing" ]; then exit 0; fi; \
+	if [ "$$(id -u)" = 0 ]; then \
+		apt-get update && DEBIAN_FRONTEND=noninteractive \
+			apt-get install -y --no-install-recommends $$missing; \
+	else \
+		echo "error: the tests need Debian packages; run:" \
+			"sudo apt-get install -y --no-install-recommends$$missing" >&2; exit 1; \
+	fi
+
+.PHONY: lock
+lock: $(DEV_STAMP) ## resolve the dependencies of pyproject.toml again and rewrite deploy/locks
+	$(PY) $(LOCKS)/update.py $(ARGS)
+
+# --- running
+
+.PHONY: demo
+demo: $(RUNTIME_STAMP) ## start a local deployment, replay a trace slice, report, stop
+	$(BIN)/tandem demo $(TANDEM_FLAGS)
+
+.PHONY: serve
+serve: $(RUNTIME_STAMP) ## start a local deployment and stay up (PREFILL= DECODE= PORT= MODEL=)
+	$(BIN)/tandem serve $(TANDEM_FLAGS)
+
+.PHONY: down
+down: $(RUNTIME_STAMP) ## stop whatever a deployment on this machine left behind
+	$(BIN)/tandem down $(ARGS)
+
+# --- checking
+
+.PHONY: lint
+lint: $(DEV_STAMP) ## format check, lint, types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+.PHONY: fmt
+fmt: $(DEV_STAMP) ## format and apply safe lint fixes
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+.PHONY: unit
+unit: $(DEV_STAMP) ## the unit tier: no Ray, no sockets, under 10 s
+	$(PYTEST) tests/unit --durations=3 $(ARGS)
+
+.PHONY: test
+test: system-deps lint unit ## lint, then every test that needs no GPU (at most 30 minutes)
+	$(PYTEST) $(TIERS) -m "not full" $(ARGS)
+
+.PHONY: test-full
+test-full: system-deps lint unit ## the same with the long tests (fuzzing, soak, full matrices)
+	$(PYTEST) $(TIERS) $(ARGS)
+
+.PHONY: bench
+bench: bench-serve ## this path beside a monolithic `vllm serve`
+
+.PHONY: bench-%
+bench-%: $(DEV_STAMP)
+	$(PY) -m tests.benchmarks.$* $(ARGS)
+
+# --- cleaning
+
+.PHONY: clean
+clean: ## remove caches and build outputs; keeps .venv
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis ./*.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print0 | xargs -0 rm -rf
+
+.PHONY: distclean
+distclean: clean ## the same, and .venv
+	rm -rf $(VENV)
