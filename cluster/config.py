@@ -48,7 +48,7 @@ class ModelSection(Section):
     )
     frontend_args: dict[str, Any] = Field(
         default_factory=dict,
-        description="vLLM front-end arguments by their Python name: tool_call_parser, chat_template",
+        description="vLLM front-end arguments by their Python name, as tool_call_parser",
     )
 
     @property

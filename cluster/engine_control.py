@@ -1,7 +1,7 @@
 """The worker's line into its engine's scheduler process: one REQ/REP pair on a local socket.
 
-vLLM has no call that reads its block pool or drops a held KV cache; its connector runs beside
-the scheduler and answers here.
+vLLM has no call that reads its block pool or drops a held KV cache, and its error outputs carry
+no reason; its connector runs beside the scheduler and answers here.
 """
 
 from collections.abc import Mapping
@@ -25,6 +25,20 @@ class DropHandoffs:
 
 
 @dataclass(frozen=True, slots=True)
+class AskFailure:
+    """Worker to engine: why did this request's pull fail? Answered once."""
+
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class PullFailure:
+    """Engine to worker: the reason; None if no pull of the request has failed."""
+
+    reason: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class BlockLoad:
     """Engine to worker: the block pool, and the KV-plane port's address and layout."""
 
@@ -38,4 +52,7 @@ class BlockLoad:
     counts: Mapping[str, object]
 
 
-CODEC = Codec(PROTOCOL_VERSION, {1: AskLoad, 2: DropHandoffs, 3: BlockLoad})
+CODEC = Codec(
+    PROTOCOL_VERSION,
+    {1: AskLoad, 2: DropHandoffs, 3: BlockLoad, 4: AskFailure, 5: PullFailure},
+)

@@ -34,7 +34,7 @@ from cluster.engine import (
     EngineRequest,
     HandoffWords,
 )
-from cluster.engine_control import CODEC, AskLoad, BlockLoad, DropHandoffs
+from cluster.engine_control import CODEC, AskFailure, AskLoad, BlockLoad, DropHandoffs, PullFailure
 from cluster.messages import PrefillStats, Receipt
 from cluster.names import FinishReason, HandoffId, RequestId, WorkerId
 from cluster.vllm_documents import (
@@ -99,7 +99,7 @@ class VllmEngine:
             executor_class=Executor.get_class(self._config),
             log_stats=False,
         )
-        load = await self._control(AskLoad())
+        load = await self._ask_load(AskLoad())
         return EngineFacts(
             model=self._settings.model.name,
             block_size=load.block_size,
@@ -193,9 +193,9 @@ class VllmEngine:
             except EngineDeadError as error:
                 raise EngineDead(f"vLLM engine of {self._settings.worker_id} died") from error
             if batch.outputs:
-                yield [self._output(output) for output in batch.outputs]
+                yield [await self._output(output) for output in batch.outputs]
 
-    def _output(self, output: EngineCoreOutput) -> EngineOutput:
+    async def _output(self, output: EngineCoreOutput) -> EngineOutput:
         request_id = RequestId(output.request_id)
         if request_id in self._waiting:
             # Not for what was aborted while this output was on its way.
@@ -216,8 +216,16 @@ class VllmEngine:
             stats=_stats(output.prefill_stats),
             offer=self._settings.words.offered(params),
             receipt=Receipt(**receipt) if receipt else None,
-            handoff_error=params.get("handoff_error"),
+            handoff_error=await self._failure(output),
         )
+
+    async def _failure(self, output: EngineCoreOutput) -> str | None:
+        """Return why a request's pull failed; vLLM's error output does not say."""
+        if output.finish_reason is not VllmFinishReason.ERROR:
+            return None
+        answer = await self._control(AskFailure(output.request_id))
+        assert isinstance(answer, PullFailure)
+        return answer.reason
 
     async def abort(self, request_ids: Sequence[RequestId]) -> None:
         """End requests wherever they are; no output follows."""
@@ -227,10 +235,10 @@ class VllmEngine:
 
     async def release(self, handoff_ids: Sequence[HandoffId]) -> None:
         """Free held KV caches that nobody will pull; unknown ones are ignored."""
-        await self._control(DropHandoffs(tuple(handoff_ids)))
+        await self._ask_load(DropHandoffs(tuple(handoff_ids)))
 
     async def load(self) -> EngineLoad:
-        blocks = await self._control(AskLoad())
+        blocks = await self._ask_load(AskLoad())
         return EngineLoad(
             num_running=len(self._running),
             num_waiting=len(self._waiting),
@@ -241,7 +249,12 @@ class VllmEngine:
             counts=_counts(blocks.counts),
         )
 
-    async def _control(self, message: AskLoad | DropHandoffs) -> BlockLoad:
+    async def _ask_load(self, message: AskLoad | DropHandoffs) -> BlockLoad:
+        answer = await self._control(message)
+        assert isinstance(answer, BlockLoad)
+        return answer
+
+    async def _control(self, message: AskLoad | DropHandoffs | AskFailure) -> object:
         """Ask the connector's scheduler half; a fresh socket each time cannot get out of step."""
         context = zmq.asyncio.Context.instance()
         async with self._control_lock:
@@ -251,10 +264,9 @@ class VllmEngine:
                 socket.connect(self._control_endpoint)
                 try:
                     await socket.send(CODEC.encode(message))
-                    answer = CODEC.decode(await socket.recv())
+                    answer: object = CODEC.decode(await socket.recv())
                 except zmq.Again:
                     raise EngineDead(f"{self._settings.worker_id}: no answer on control") from None
-        assert isinstance(answer, BlockLoad)
         return answer
 
     async def stop(self) -> None:

@@ -21,12 +21,13 @@ class Parts:
 @dataclass(frozen=True, slots=True)
 class Seat:
     """Where a worker's process landed: Ray's node, the machine it is on (several nodes may
-    share one), the node's address."""
+    share one), the node's address, the process id there."""
 
     node: str
     host: str
     address: str
     cores: tuple[int, ...]
+    pid: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,56 @@
+"""A process that owns one vLLM engine, to be stopped or killed by a test.
+
+Says in JSON lines on stdout which processes its engine has, then, after any line on stdin, what
+stopping it took.
+"""
+
+import asyncio
+import json
+import resource
+import sys
+import time
+
+import psutil
+
+from cluster import config as tree
+from cluster.config import parse_config
+from cluster.names import Role, WorkerId
+from cluster.worker_spec import WorkerSpec
+from deploy.engines import vllm_engine
+
+
+def _children() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+
+
+def _cpu_s(processes: list[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in processes]
+    return sum(spent.user + spent.system for spent in times)
+
+
+def _ended_cpu_s() -> float:
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return spent.ru_utime + spent.ru_stime
+
+
+async def _host() -> None:
+    model = {"path": str(tree.BUNDLED_MODEL), "max_model_len": 512, "kv_cache_gib": 0.0625}
+    config = parse_config({"model": {**model, "engine_args": {"skip_tokenizer_init": True}}})
+    ended_before = _ended_cpu_s()
+    spec = WorkerSpec(WorkerId("w"), Role.PREFILL, "", {}, config, (0,), "127.0.0.1")
+    engine = vllm_engine(spec)
+    await engine.start()
+    children = _children()
+    print(json.dumps({"pids": [child.pid for child in children]}), flush=True)
+    await asyncio.to_thread(sys.stdin.readline)
+    spent, started = _cpu_s(children), time.monotonic()
+    await engine.stop()
+    wall_s = time.monotonic() - started
+    cpu_s = _ended_cpu_s() - ended_before - spent
+    print(json.dumps({"wall_s": wall_s, "cpu_s": cpu_s}), flush=True)
+    await engine.stop()
+
+
+if __name__ == "__main__":
+    asyncio.run(_host())

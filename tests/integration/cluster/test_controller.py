@@ -1,0 +1,148 @@
+"""The controller over simulated workers in this process: real sockets, real hand-offs, no Ray."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from cluster.config import TandemConfig, parse_config
+from cluster.controller import Controller
+from cluster.names import WorkerId
+from cluster.worker_spec import Parts
+from deploy.engines import ENGINES, ROLES
+from tests.integration.cluster.local_workers import CORES, Host
+
+DEAF = "tests.integration.cluster.local_workers:deaf_engine"
+
+
+def config(**changes: Any) -> TandemConfig:
+    document: dict[str, Any] = {
+        "model": {"engine": "simulated", "max_model_len": 512, "block_size": 16},
+        "simulated": {"decode_step_s": 0.001},
+        "router": {"worker_timeout_s": 1.5},
+    }
+    return parse_config({**document, **changes})
+
+
+@asynccontextmanager
+async def running(
+    settings: TandemConfig, host: Host, engine: str = ENGINES["simulated"]
+) -> AsyncIterator[Controller]:
+    controller = Controller(settings, Parts(engine, ROLES), host.launch, "127.0.0.1")
+    loop = asyncio.create_task(controller.run())
+    try:
+        yield controller
+    finally:
+        await controller.drain_and_stop()
+        await loop
+    assert host.alive == []
+    assert controller.workers() == []
+
+
+async def until(condition: Callable[[], object], deadline_s: float = 15.0) -> None:
+    async with asyncio.timeout(deadline_s):
+        while not condition():  # noqa: ASYNC110  # the condition is anything at all
+            await asyncio.sleep(0.01)
+
+
+def listed(controller: Controller) -> set[str]:
+    return {entry.worker_id for entry in controller.workers()}
+
+
+async def test_both_pools_come_up_and_each_worker_has_its_own_cores() -> None:
+    host = Host()
+    async with running(config(prefill={"workers": 2}, decode={"workers": 2}), host) as controller:
+        assert controller.health()[0] is False
+        await until(lambda: len(controller.workers()) == 4)
+        assert controller.health() == (True, "serving")
+        status = controller.status()
+        assert sorted(core for w in status["workers"] for core in w["cpus"]) == list(CORES)
+        assert {entry.node for entry in controller.workers()} == {"node-1"}
+        assert not status["failing"] and status["failed_proofs"] == {}
+
+
+async def test_a_handoff_that_moves_nothing_keeps_both_off_the_list() -> None:
+    host = Host()
+    async with running(config(), host, DEAF) as controller:
+        await until(lambda: controller.status()["failed_proofs"])
+        is_healthy, reason = controller.health()
+        assert not is_healthy
+        assert "prefill-1 -> decode-1: 0 of 39 prompt tokens arrived" in reason
+        assert controller.workers() == []
+
+
+async def test_without_warm_up_such_workers_are_listed() -> None:
+    async with running(config(cluster={"warmup": False}), Host(), DEAF) as controller:
+        await until(lambda: len(controller.workers()) == 2)
+
+
+async def test_a_dead_worker_leaves_the_list_at_once_and_is_replaced() -> None:
+    host = Host()
+    async with running(config(), host) as controller:
+        await until(lambda: len(controller.workers()) == 2)
+        host.launched[WorkerId("prefill-1")].kill()
+        await until(lambda: "prefill-1" not in listed(controller), deadline_s=0.5)
+        is_healthy, reason = controller.health()
+        assert not is_healthy and "no warm prefill worker" in reason
+        assert "prefill-1: its process ended" in reason
+        await until(lambda: listed(controller) == {"prefill-2", "decode-1"})
+        assert controller.status()["failed_starts"] == {}
+
+
+async def test_a_silent_worker_is_dropped_and_replaced() -> None:
+    host = Host()
+    async with running(config(), host) as controller:
+        await until(lambda: len(controller.workers()) == 2)
+        await host.launched[WorkerId("decode-1")].fall_silent()
+        await until(lambda: listed(controller) == {"prefill-1", "decode-2"})
+        assert host.launched[WorkerId("decode-1")].is_killed
+
+
+async def test_a_worker_that_fails_to_start_is_tried_again() -> None:
+    host = Host(errors=[RuntimeError("no such model")])
+    async with running(config(), host) as controller:
+        await until(lambda: "prefill" in controller.status()["failed_starts"])
+        reason = controller.status()["failed_starts"]["prefill"]
+        assert reason == "prefill-1: RuntimeError: no such model"
+        await until(lambda: listed(controller) == {"prefill-2", "decode-1"})
+
+
+async def test_a_pool_that_keeps_failing_says_so() -> None:
+    host = Host(errors=[RuntimeError("boom")] * 8)
+    async with running(config(), host) as controller:
+        await until(lambda: controller.status()["failing"])
+        assert "boom" in controller.status()["reason"]
+
+
+async def test_a_worker_that_never_gets_ready_is_given_up() -> None:
+    settings = config(cluster={"start_timeout_s": 0.2})
+    host = Host()
+    launch = host.launch
+
+    def launch_stuck(worker_id: WorkerId, role: Any) -> Any:
+        worker = launch(worker_id, role)
+
+        async def never(_spec: Any) -> Any:
+            await asyncio.Event().wait()
+
+        worker.start = never  # type: ignore[method-assign, assignment]
+        return worker
+
+    host.launch = launch_stuck  # type: ignore[method-assign]
+    async with running(settings, host) as controller:
+        await until(lambda: controller.status()["failed_starts"])
+        reason = controller.health()[1]
+        assert "prefill-1: still starting after 0 s" in reason
+
+
+@pytest.mark.parametrize("num_workers", [1, 6])
+async def test_more_workers_than_cores_share_them_evenly(num_workers: int) -> None:
+    host = Host()
+    settings = config(prefill={"workers": num_workers}, decode={"workers": num_workers})
+    async with running(settings, host) as controller:
+        await until(lambda: len(controller.workers()) == 2 * num_workers, 30.0)
+        used = [core for w in controller.status()["workers"] for core in w["cpus"]]
+        counts = [used.count(core) for core in CORES]
+        assert max(counts) - min(counts) <= 1
