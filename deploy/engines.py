@@ -7,10 +7,22 @@ from typing import TYPE_CHECKING
 
 from cluster.config import ModelSection
 from cluster.engine import Engine
+from cluster.names import Role
 from cluster.worker_spec import WorkerSpec
 
 if TYPE_CHECKING:
     from cluster.sim_engine import SimulatedModel
+
+
+# The classes that fill the protocols `cluster` knows, as a worker's specification names them.
+ENGINES = {
+    "vllm": "deploy.engines:vllm_engine",
+    "simulated": "deploy.engines:simulated_engine",
+}
+ROLES = {
+    Role.PREFILL: "prefill_workers.role:PrefillRole",
+    Role.DECODE: "decode_workers.role:DecodeRole",
+}
 
 
 def vllm_engine(spec: WorkerSpec) -> Engine:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import zmq
 from vllm.v1.request import RequestStatus
 
-from cluster.engine_control import CODEC, AskLoad, BlockLoad, DropHandoffs
+from cluster.engine_control import CODEC, AskFailure, AskLoad, BlockLoad, DropHandoffs, PullFailure
 from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId
 from cluster.process_guard import die_with_parent, end_quickly
@@ -126,11 +126,17 @@ class SchedulerHalf:
             self._held.pop(key, None)
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
-            # Nobody will ask for what a cancelled pull brought.
-            self._receipts |= {k: v for k, v in report.receipts.items() if k in self._pulling}
-            self._failures |= {k: v for k, v in report.failures.items() if k in self._pulling}
-            self._totals = report.totals
+            self._take_in(report)
         self._pulling.difference_update(output.finished_recving or ())
+
+    def _take_in(self, report: WorkerReport) -> None:
+        """Keep what will be asked for: nobody asks what a cancelled or failed pull brought."""
+        self._totals = report.totals
+        for key, receipt in report.receipts.items():
+            if key in self._pulling and key in report.failures:
+                self._failures[key] = report.failures[key]
+            elif key in self._pulling:
+                self._receipts[key] = receipt
 
     def on_request_finished(
         self, request: "Request", block_ids: tuple[list[int], ...]
@@ -148,7 +154,8 @@ class SchedulerHalf:
         if key in self._pulling and request.status is RequestStatus.FINISHED_ABORTED:
             self._pulling.discard(key)
             self._orders.cancels.append(key)
-        return False, self._account(key)
+        receipt = self._receipts.pop(key, None)
+        return False, {"receipt": asdict(receipt)} if receipt else None
 
     def _hold(
         self, request: "Request", handoff_id: HandoffId, block_ids: tuple[list[int], ...]
@@ -166,12 +173,6 @@ class SchedulerHalf:
             len(frozen[0]),
             self._settings.handoff.lease_s,
         )
-
-    def _account(self, key: str) -> dict[str, Any] | None:
-        receipt, failure = self._receipts.pop(key, None), self._failures.pop(key, None)
-        if receipt is None and failure is None:
-            return None
-        return {"receipt": receipt and asdict(receipt), "handoff_error": failure}
 
     def close(self) -> None:
         """Let the control thread end; its socket is closed there."""
@@ -191,10 +192,16 @@ class SchedulerHalf:
                 continue
             except WireError:
                 request = AskLoad()
-            if isinstance(request, DropHandoffs):
-                self._drops.extend(map(HandoffId, request.handoff_ids))
-            socket.send(CODEC.encode(self._load()))
+            socket.send(CODEC.encode(self._answer(request)))
         socket.close()
+
+    def _answer(self, request: object) -> BlockLoad | PullFailure:
+        if isinstance(request, AskFailure):
+            # Recorded before vLLM sends the error output that makes the worker ask.
+            return PullFailure(self._failures.pop(request.request_id, None))
+        if isinstance(request, DropHandoffs):
+            self._drops.extend(map(HandoffId, request.handoff_ids))
+        return self._load()
 
     def _load(self) -> BlockLoad:
         pool = self._block_pool

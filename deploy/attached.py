@@ -1,0 +1,50 @@
+"""Removing a deployment from a Ray cluster that goes on without it."""
+
+import time
+from contextlib import suppress
+from typing import Any
+
+import ray
+from ray import serve
+
+from cluster.errors import Unavailable
+from cluster.ray_plane import NAMESPACE, find_controller
+from deploy.connect import connect_to
+from deploy.state import DeploymentState
+
+_STOP_S = 10.0
+
+
+def remove_from_cluster(state: DeploymentState) -> None:
+    """Delete the Serve app, the controller and the workers; a cluster that is gone is fine."""
+    try:
+        connect_to(state)
+    except Unavailable:
+        return
+    try:
+        remove_deployment(state.name)
+    finally:
+        ray.shutdown()
+
+
+def remove_deployment(name: str) -> None:
+    """The same in a process that is connected."""
+    with suppress(Exception):
+        serve.delete(name)
+    with suppress(Exception):
+        controller: Any = find_controller(name)
+        ray.get(controller.drain_and_stop.remote(), timeout=_STOP_S)
+    for actor_name in deployment_actors(name):
+        with suppress(ValueError):
+            ray.kill(ray.get_actor(actor_name, namespace=NAMESPACE))
+    deadline = time.monotonic() + _STOP_S
+    while deployment_actors(name) and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def deployment_actors(name: str) -> list[str]:
+    """Return the names of the deployment's detached actors that are alive."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    ours = [actor["name"] for actor in named if actor["namespace"] == NAMESPACE]
+    kinds = ("controller", "prefill-", "decode-")
+    return [n for n in ours if n.startswith(tuple(f"{name}-{kind}" for kind in kinds))]

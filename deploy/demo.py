@@ -1,0 +1,187 @@
+"""`tandem demo`: replays a slice of a real trace against a deployment and reports."""
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import httpx
+from rich.progress import Progress
+
+from cluster.config import TandemConfig
+from cluster.errors import Unavailable
+from deploy.report import Replayed, faults, rows
+from deploy.trace import (
+    AZURE_CONVERSATIONS,
+    FileTokenizer,
+    PromptSource,
+    fit_lengths,
+    read_text,
+    read_trace,
+)
+
+_MAX_OUTPUT = 128
+_REQUEST_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class DemoPlan:
+    """How much of the trace is replayed, and how fast."""
+
+    num_requests: int
+    rate_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Send:
+    """A request ready to go out `at_s` seconds after the start."""
+
+    at_s: float
+    prompt: str
+    prompt_tokens: int
+    output_tokens: int
+
+
+def run(config: TandemConfig, url: str, plan: DemoPlan) -> int:
+    """Replay, print the report, return the exit status: 1 if anything was lost or wasted."""
+    sends = prepare(config, plan, _context_of(url))
+    print(f"replaying {len(sends)} requests over {sends[-1].at_s:.0f} s", flush=True)
+    started_at = time.monotonic()
+    replayed = asyncio.run(_replay(config.model.name, url, sends))
+    duration_s = time.monotonic() - started_at
+    _print_report(rows(replayed, duration_s))
+    wrong = faults(replayed)
+    for line in wrong:
+        print(f"FAILED: {line}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def prepare(config: TandemConfig, plan: DemoPlan, context: int) -> list[_Send]:
+    """Return what to send: the trace's arrivals, and text of its lengths scaled to the model."""
+    trace = read_trace(AZURE_CONVERSATIONS, plan.num_requests)
+    fitted = fit_lengths(trace, context, min(_MAX_OUTPUT, context // 4))
+    source = PromptSource(FileTokenizer(config.model.path), read_text(), Random(0))
+    return [
+        _Send(
+            request.at_s / plan.rate_scale,
+            source.prompt(request.prompt_tokens),
+            request.prompt_tokens,
+            request.output_tokens,
+        )
+        for request in fitted
+    ]
+
+
+def _context_of(url: str) -> int:
+    try:
+        models = httpx.get(f"{url}/v1/models", timeout=10.0).raise_for_status().json()
+        return int(models["data"][0]["max_model_len"])
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        raise Unavailable(f"{url}/v1/models: {error}") from None
+
+
+async def _replay(model: str, url: str, sends: Sequence[_Send]) -> list[Replayed]:
+    """Send every request at its time, whatever became of those before it."""
+    limits = httpx.Limits(max_connections=len(sends))
+    timeout = httpx.Timeout(_REQUEST_TIMEOUT_S)
+    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=timeout) as client:
+        with _Progress(len(sends)) as advance:
+            started_at = time.monotonic()
+            work = (_one(client, model, send, started_at, advance) for send in sends)
+            return await asyncio.gather(*work)
+
+
+async def _one(
+    client: httpx.AsyncClient,
+    model: str,
+    send: _Send,
+    started_at: float,
+    advance: Callable[[], None],
+) -> Replayed:
+    replayed = Replayed(send.prompt_tokens, send.output_tokens, started_at + send.at_s)
+    await asyncio.sleep(replayed.scheduled_at - time.monotonic())
+    try:
+        exchange_id = await _stream(client, model, send, replayed)
+        record = await client.get(f"/admin/requests/{exchange_id}")
+        replayed.record = record.json() if record.status_code == 200 else None
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        replayed.error = f"{type(error).__name__}: {error}"
+    advance()
+    return replayed
+
+
+async def _stream(client: httpx.AsyncClient, model: str, send: _Send, replayed: Replayed) -> str:
+    """Receive one completion; return the id under which the router recorded it."""
+    body = {
+        "model": model,
+        "prompt": send.prompt,
+        "max_tokens": send.output_tokens,
+        "ignore_eos": True,
+        "temperature": 0.0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    is_complete = False
+    async with client.stream("POST", "/v1/completions", json=body) as response:
+        if response.status_code != 200:
+            text = (await response.aread()).decode(errors="replace")
+            replayed.error = f"HTTP {response.status_code}: {text[:300]}"
+        async for line in response.aiter_lines():
+            is_complete = is_complete or line == "data: [DONE]"
+            if line.startswith("data: {"):
+                _take(json.loads(line.removeprefix("data: ")), replayed)
+        exchange_id: str = response.headers["x-request-id"]
+    if not is_complete and replayed.error is None:
+        replayed.error = "the stream broke off"
+    return exchange_id
+
+
+def _take(chunk: dict[str, Any], replayed: Replayed) -> None:
+    if "error" in chunk:
+        replayed.error = str(chunk["error"])
+    elif chunk.get("usage"):
+        replayed.received_tokens = chunk["usage"]["completion_tokens"]
+        got = chunk["usage"]["prompt_tokens"]
+        if got != replayed.prompt_tokens:
+            replayed.error = f"{got} prompt tokens counted, {replayed.prompt_tokens} sent"
+    if chunk.get("choices"):
+        replayed.token_times.append(time.monotonic())
+
+
+class _Progress:
+    """A bar on a terminal, a line per tenth elsewhere. Yields the step function."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._num_done = 0
+        self._bar: Any = None
+
+    def __enter__(self) -> Callable[[], None]:
+        if sys.stdout.isatty():
+            self._bar = Progress()
+            self._bar.start()
+            self._task = self._bar.add_task("replay", total=self._total)
+        return self._advance
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def _advance(self) -> None:
+        self._num_done += 1
+        if self._bar is not None:
+            self._bar.advance(self._task)
+        elif self._num_done * 10 // self._total > (self._num_done - 1) * 10 // self._total:
+            print(f"  {self._num_done} of {self._total} requests done", flush=True)
+
+
+def _print_report(report: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in report)
+    print()
+    for name, figure in report:
+        print(f"  {name.ljust(width)}  {figure}")
+    print(flush=True)

@@ -1,0 +1,53 @@
+"""A private Ray of this process's own: it ends with the process, and shares nothing with others.
+
+`ray.init` starts the head as children that the kernel ends with us (they ask for a parent-death
+signal), so even SIGKILL of the launcher takes the cluster down. All its files lie in one folder
+that only we can read.
+"""
+
+import logging
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from cluster.config import TandemConfig
+from cluster.ray_plane import NAMESPACE
+from deploy import haproxy
+from deploy.session import Session
+
+# Objects never carry requests or KV caches; Ray refuses less than about 75 MB.
+_OBJECT_STORE_BYTES = 100 << 20
+
+
+def start_local_ray(config: TandemConfig, session: Session, temp_dir: Path, verbose: bool) -> str:
+    """Start a Ray big enough for the configured pools and return its address.
+
+    Call it from the main thread: the parent-death signal is tied to the thread that starts the
+    children.
+    """
+    temp_dir.mkdir(mode=0o700)
+    (temp_dir / "token").write_text(secrets.token_hex(32))
+    if session.uses_haproxy:
+        (temp_dir / "haproxy").mkdir(mode=0o700)
+        haproxy.write_launcher(temp_dir / "haproxy" / "launch")
+    context: Any = ray.init(
+        address="local",
+        namespace=NAMESPACE,
+        num_cpus=_num_cpus(config),
+        include_dashboard=False,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        log_to_driver=verbose,
+        logging_level=logging.INFO if verbose else logging.ERROR,
+        _temp_dir=str(temp_dir),
+    )
+    return str(context.address_info["address"])
+
+
+def _num_cpus(config: TandemConfig) -> int:
+    """Pools larger than the machine share its cores: here Ray's count is only bookkeeping."""
+    pools = (config.prefill, config.decode)
+    wanted = sum(pool.workers * pool.cpus_per_worker for pool in pools)
+    return max(wanted, len(os.sched_getaffinity(0)))

@@ -1,0 +1,94 @@
+"""What is fixed about a deployment before anything runs: its mark, its folder, its environment.
+
+Ray and Ray Serve read their settings from the environment when they are imported, so `open` comes
+before the first import of either.
+"""
+
+import os
+import tempfile
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.config import TandemConfig
+from deploy import haproxy
+from deploy.ports import free_port
+from deploy.processes import child_environment
+
+# A proxy process that was replaced may finish its streams for this long.
+_PROXY_HARD_STOP_S = 5
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """One run of one deployment. `temp_dir` is None where Ray was there before."""
+
+    name: str
+    mark: str
+    temp_dir: Path | None
+    uses_haproxy: bool
+
+    @property
+    def worker_environment(self) -> dict[str, str]:
+        """What router replicas and workers get on any cluster."""
+        return child_environment(self.mark) | _QUIET
+
+
+def open_session(config: TandemConfig) -> Session:
+    """Return a fresh session; this process and all its children run in its environment."""
+    mark = f"{config.cluster.name}:{uuid.uuid4().hex}"
+    if config.cluster.address is not None:
+        session = Session(config.cluster.name, mark, None, False)
+        os.environ.update(_QUIET)
+        return session
+    # Short, because Ray puts Unix sockets under it and those have at most 107 characters.
+    temp_dir = Path(tempfile.gettempdir()) / f"td-{mark[-8:]}"
+    uses_haproxy = config.router.proxy == "haproxy" and haproxy.is_available()
+    session = Session(config.cluster.name, mark, temp_dir, uses_haproxy)
+    os.environ.update(session.worker_environment | _RAY | _free_ports() | ray_token(temp_dir))
+    if uses_haproxy:
+        os.environ.update(_haproxy_environment(temp_dir / "haproxy"))
+    return session
+
+
+_RAY = {
+    # A worker's death takes its whole process group along: HAProxy, engine processes.
+    "RAY_process_group_cleanup_enabled": "1",
+    # Ray Serve keeps proxies and replicas up this long for load balancers to notice.
+    "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+}
+
+
+def ray_token(temp_dir: Path) -> dict[str, str]:
+    """Return what lets a process into a private Ray: its core listens on every interface."""
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(temp_dir / "token")}
+
+
+def _free_ports() -> dict[str, str]:
+    """Return ports for what otherwise has a fixed one per machine; another Ray may have it."""
+    names = ("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT")
+    return {name: str(free_port()) for name in names}
+
+
+def _haproxy_environment(folder: Path) -> dict[str, str]:
+    """Serve's paths for HAProxy are the same for all of a machine unless told otherwise."""
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(folder / "launch"),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "state"),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": str(_PROXY_HARD_STOP_S),
+    }

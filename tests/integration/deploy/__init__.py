@@ -1,0 +1,1 @@
+"""Launching, stopping and cleaning up whole deployments."""

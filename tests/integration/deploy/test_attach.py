@@ -1,0 +1,70 @@
+"""`tandem serve --address`: on a Ray cluster of two nodes that goes on without us."""
+
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from cluster.ray_plane import NAMESPACE
+from tests.integration.deploy.launcher import STOP_S, Launcher, serving, wait_until
+from tests.integration.deploy.test_lifecycle import name
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    """Two nodes of one core each, so that the two workers land on different ones."""
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 100 << 20}
+    )
+    cluster.add_node(num_cpus=1, object_store_memory=100 << 20)
+    ray.init(address=cluster.address, namespace=NAMESPACE, log_to_driver=False)
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def actors() -> list[str]:
+    """Return the named actors of the cluster, Serve's own excepted."""
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(actor["name"] for actor in named if actor["namespace"] == NAMESPACE)
+
+
+def test_workers_on_two_nodes_serve_and_sigterm_takes_only_ours(cluster: Cluster) -> None:
+    launcher = Launcher(name("attach"), flags=("--address", cluster.address))
+    with serving(launcher) as footprint:
+        answer = launcher.complete()
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["x-tandem-prefill-worker"] == "prefill-1"
+        ours = [f"{launcher.name}-{part}" for part in ("controller", "decode-1", "prefill-1")]
+        assert actors() == ours
+        seats = [ray.get_actor(name, namespace=NAMESPACE).seat.remote() for name in ours[1:]]
+        assert len({seat.node for seat in ray.get(seats)}) == 2
+
+        assert launcher.signal(signal.SIGTERM) == 0, launcher.log
+        assert actors() == []
+        assert footprint.leftovers() == []
+    assert len([node for node in ray.nodes() if node["Alive"]]) == 2
+
+
+def test_down_removes_what_a_killed_launcher_left_in_the_cluster(cluster: Cluster) -> None:
+    launcher = Launcher(name("left"), flags=("--address", cluster.address))
+    with serving(launcher) as footprint:
+        launcher.signal(signal.SIGKILL)
+        assert launcher.complete().status_code == 200, "detached actors outlive the launcher"
+        started_at = time.monotonic()
+        assert "cleaned up after" in launcher.run("down").stdout
+        assert time.monotonic() - started_at < 2 * STOP_S
+        assert actors() == []
+        wait_until(lambda: footprint.leftovers() == [], 5.0, "nothing of ours is left")
+
+
+def test_no_cluster_there_is_one_clear_line() -> None:
+    launcher = Launcher(name("nowhere"))
+    refused = launcher.run("serve", "--simulated", "--address", "127.0.0.1:1")
+    assert refused.returncode == 1
+    assert "no Ray cluster answers at 127.0.0.1:1" in refused.stderr.splitlines()[-1]

