@@ -1,0 +1,423 @@
+"""What every `Engine` promises, asked of a producing and a consuming one side by side."""
+
+import asyncio
+import json
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import pytest_asyncio
+
+from cluster import config as tree
+from cluster.config import TandemConfig, parse_config
+from cluster.engine import Engine, EngineFacts, EngineLoad, EngineOutput, EngineRequest
+from cluster.messages import Offer
+from cluster.names import FinishReason, HandoffId, RequestId, Role, WorkerId
+from cluster.worker_spec import WorkerSpec
+from deploy.engines import simulated_engine, vllm_engine
+from tests.waiting import eventually
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+LEASE_S, STALL_S = 6.0, 2.0
+HANDOFF = {"lease_s": LEASE_S, "stall_timeout_s": STALL_S, "chunk_bytes": 1 << 16}
+# Nobody listens on this port; connecting to it waits without an error.
+NOWHERE = "tcp://127.0.0.1:9"
+GREEDY: dict[str, object] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
+FREED_WITHIN_S = 5.0
+
+
+@dataclass
+class Driven:
+    """An engine whose outputs are collected by request as they come."""
+
+    engine: Engine
+    facts: EngineFacts
+    outputs: dict[str, list[EngineOutput]] = field(default_factory=dict)
+    ends: Counter[str] = field(default_factory=Counter)
+
+    async def collect(self) -> None:
+        async for outputs in self.engine.outputs():
+            for output in outputs:
+                self.outputs.setdefault(output.request_id, []).append(output)
+                self.ends[output.request_id] += output.finish_reason is not None
+
+    async def run(self, request: EngineRequest) -> list[EngineOutput]:
+        """Submit and return everything the engine says of it."""
+        await self.engine.submit(request)
+        await eventually(lambda: self.has_ended(request.request_id), 60)
+        return self.outputs[request.request_id]
+
+    async def has_ended(self, request_id: str) -> bool:
+        return self.ends[request_id] > 0
+
+    async def says_something_of(self, request_id: str) -> None:
+        async def said() -> bool:
+            return bool(self.outputs.get(request_id))
+
+        await eventually(said, 60)
+
+    async def is_idle(self) -> bool:
+        load = await self.engine.load()
+        return load.num_running == load.num_waiting == load.num_held_handoffs == 0
+
+    async def frees_all(self, start: EngineLoad) -> None:
+        """Everything is back at its level after start."""
+
+        async def is_free() -> bool:
+            load = await self.engine.load()
+            return replace(load, counts={}) == replace(start, counts={})
+
+        await eventually(is_free, FREED_WITHIN_S)
+
+
+@dataclass
+class Engines:
+    """The producing engine, the consuming one, and their loads after start."""
+
+    producer: Driven
+    consumer: Driven
+    start: tuple[EngineLoad, EngineLoad]
+    num_named: int = 0
+
+    def request(self, num_tokens: int = 300, **fields: Any) -> EngineRequest:
+        """Return a request of its own name and, unless given one, its own prompt."""
+        self.num_named += 1
+        rng = random.Random(self.num_named)
+        vocab = self.producer.facts.vocab_size
+        prompt = tuple(rng.randrange(10, vocab - 10) for _ in range(num_tokens))
+        values: dict[str, Any] = {"prompt_token_ids": prompt, "sampling": GREEDY, **fields}
+        return EngineRequest(request_id=RequestId(f"r{self.num_named}"), **values)
+
+    def producing(self, num_tokens: int = 300, **fields: Any) -> EngineRequest:
+        request = self.request(num_tokens, **fields)
+        return replace(request, produce=HandoffId(f"h-{request.request_id}"))
+
+    async def produced(self, num_tokens: int = 300, **fields: Any) -> tuple[EngineRequest, Offer]:
+        request = self.producing(num_tokens, **fields)
+        offer = (await self.producer.run(request))[-1].offer
+        assert offer is not None
+        return request, offer
+
+    async def settle(self) -> None:
+        await self.producer.frees_all(self.start[0])
+        await self.consumer.frees_all(self.start[1])
+
+
+def _config(model: Path, **model_fields: object) -> TandemConfig:
+    facts = {"path": str(model), "max_model_len": 1024, "chunk_tokens": 256, **model_fields}
+    return parse_config(
+        {
+            "model": {"dtype": "float32", "kv_cache_gib": 0.125, **facts},
+            "handoff": HANDOFF,
+            "simulated": {"prefill_tokens_per_s": 4000},
+        }
+    )
+
+
+def _simulated_config(folder: Path) -> TandemConfig:
+    sizes = {"vocab_size": 4096, "max_position_embeddings": 1024}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    return _config(folder, engine="simulated")
+
+
+def _vllm_config() -> TandemConfig:
+    if not (tree.BUNDLED_MODEL / "model.safetensors").exists():
+        pytest.skip(f"{tree.BUNDLED_MODEL} has no weights; train it with deploy.models.train")
+    # Nothing here is text.
+    return _config(tree.BUNDLED_MODEL, engine_args={"skip_tokenizer_init": True})
+
+
+def _engine(config: TandemConfig, role: Role, core: int) -> Engine:
+    spec = WorkerSpec(WorkerId(f"{role.value}-0"), role, "", {}, config, (core,), "127.0.0.1")
+    return vllm_engine(spec) if config.model.engine == "vllm" else simulated_engine(spec)
+
+
+@pytest_asyncio.fixture(
+    scope="module",
+    loop_scope="module",
+    params=["simulated", pytest.param("vllm", marks=[pytest.mark.e2e, pytest.mark.slow])],
+)
+async def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Engines]:
+    """Two engines for all tests of this file; every request must have ended at most once, and
+    `stop` leaves no process behind."""
+    is_simulated = request.param == "simulated"
+    config = _simulated_config(tmp_path_factory.mktemp("model")) if is_simulated else _vllm_config()
+    before = _children()
+    engines = [_engine(config, Role.PREFILL, 0), _engine(config, Role.DECODE, 1)]
+    driven = [Driven(engine, await engine.start()) for engine in engines]
+    loops = [asyncio.create_task(side.collect()) for side in driven]
+    loads = await asyncio.gather(*(engine.load() for engine in engines))
+    yield Engines(driven[0], driven[1], (loads[0], loads[1]))
+    for loop in loops:
+        loop.cancel()
+    await asyncio.gather(*loops, return_exceptions=True)
+    for engine in engines:
+        await engine.stop()
+        await engine.stop()
+    assert _children() <= before, "stop() left processes behind"
+    for side in driven:
+        assert set(side.ends.values()) <= {0, 1}, "a request ended twice"
+
+
+def _children() -> set[psutil.Process]:
+    """Return every process below this one but the interpreter's own resource tracker."""
+    children = psutil.Process().children(recursive=True)
+    return {child for child in children if "resource_tracker" not in " ".join(child.cmdline())}
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def engines(pair: Engines) -> AsyncIterator[Engines]:
+    """The pair; both engines' blocks and counts are back at their level after the test."""
+    await pair.settle()
+    yield pair
+    await pair.settle()
+
+
+def tokens_of(outputs: list[EngineOutput]) -> list[int]:
+    return [token for output in outputs for token in output.token_ids]
+
+
+def only(outputs: list[EngineOutput], name: str) -> Any:
+    """Return the one value of a field that comes once per request."""
+    (value,) = [value for output in outputs if (value := getattr(output, name)) is not None]
+    return value
+
+
+# What they say of themselves.
+
+
+async def test_facts_after_start(engines: Engines) -> None:
+    producer, consumer = engines.producer.facts, engines.consumer.facts
+    assert producer.block_size > 0 and producer.vocab_size > 0
+    assert producer.max_model_len == 1024
+    assert len(producer.fingerprint) == 32
+    assert producer.fingerprint == consumer.fingerprint, "one configuration, one layout"
+    assert producer.epoch != consumer.epoch, "two lives"
+
+
+async def test_load_after_start(engines: Engines) -> None:
+    for load, side in zip(engines.start, (engines.producer, engines.consumer), strict=True):
+        assert load.num_blocks == side.facts.num_blocks
+        assert 0 < load.num_free_blocks <= load.num_blocks
+        assert (load.num_running, load.num_waiting) == (0, 0)
+        assert (load.num_held_blocks, load.num_held_handoffs) == (0, 0)
+
+
+# Whole requests.
+
+
+async def test_produce_offers_and_holds(engines: Engines) -> None:
+    request = engines.producing(300)
+    outputs = await engines.producer.run(request)
+    facts, offer = engines.producer.facts, outputs[-1].offer
+    assert outputs[-1].finish_reason is FinishReason.LENGTH and offer is not None
+    assert only(outputs, "offer") is offer
+    assert len(tokens_of(outputs)) == 1
+    assert (offer.handoff_id, offer.worker_id) == (request.produce, "prefill-0")
+    assert (offer.epoch, offer.fingerprint) == (facts.epoch, facts.fingerprint)
+    assert offer.num_tokens == 300
+    assert offer.num_blocks == -(-300 // facts.block_size)
+    assert (len(offer.endpoints), offer.lease_s) == (1, LEASE_S)
+    load = await engines.producer.engine.load()
+    assert (load.num_held_blocks, load.num_held_handoffs) == (offer.num_blocks, 1)
+    assert load.num_free_blocks == engines.start[0].num_free_blocks - offer.num_blocks
+    await engines.producer.engine.release([offer.handoff_id])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 127, 128, 129, 130, 255, 256, 257, 258, 700])
+async def test_consume_generates_what_a_local_prefill_does(
+    engines: Engines, num_tokens: int
+) -> None:
+    request, offer = await engines.produced(num_tokens)
+    prompt = request.prompt_token_ids
+    # Before the local one, which would leave the prompt in the consumer's prefix cache.
+    pulled = await engines.consumer.run(engines.request(prompt_token_ids=prompt, consume=offer))
+    local = await engines.producer.run(engines.request(prompt_token_ids=prompt))
+    assert tokens_of(pulled) == tokens_of(local)
+    assert len(tokens_of(pulled)) == 8
+    stats = only(pulled, "stats")
+    assert (stats.num_prompt_tokens, stats.num_transferred_tokens) == (num_tokens, num_tokens - 1)
+    if num_tokens > 1:
+        receipt = only(pulled, "receipt")
+        assert receipt.num_blocks == -(-(num_tokens - 1) // engines.producer.facts.block_size)
+        assert receipt.received_bytes == receipt.produced_bytes > 0
+
+
+async def test_what_is_cached_on_decode_is_not_pulled_again(engines: Engines) -> None:
+    request, offer = await engines.produced(600)
+    prompt = request.prompt_token_ids
+    first = await engines.consumer.run(engines.request(prompt_token_ids=prompt, consume=offer))
+    _, offer = await engines.produced(prompt_token_ids=prompt)
+    again = await engines.consumer.run(engines.request(prompt_token_ids=prompt, consume=offer))
+    assert tokens_of(again) == tokens_of(first)
+    stats = only(again, "stats")
+    assert stats.num_local_cached_tokens + stats.num_transferred_tokens == 599
+
+
+async def test_many_at_once(engines: Engines) -> None:
+    async def one(num_tokens: int) -> bool:
+        request, offer = await engines.produced(num_tokens)
+        prompt = request.prompt_token_ids
+        pulled = await engines.consumer.run(engines.request(prompt_token_ids=prompt, consume=offer))
+        return len(tokens_of(pulled)) == 8 and only(pulled, "receipt").received_bytes > 0
+
+    assert all(await asyncio.gather(*(one(50 + 30 * index) for index in range(12))))
+
+
+# Ends. The `engines` fixture checks that every block is free again.
+
+
+async def test_abort_while_waiting(engines: Engines) -> None:
+    producing, plain = engines.producing(), engines.request()
+    _, offer = await engines.produced()
+    consuming = engines.request(consume=offer)
+    await engines.producer.engine.submit(producing)
+    await engines.producer.engine.submit(plain)
+    await engines.producer.engine.abort([producing.request_id, plain.request_id])
+    await engines.consumer.engine.submit(consuming)
+    await engines.consumer.engine.abort([consuming.request_id])
+    await _free_unwanted(engines.producer, producing)
+
+
+async def _free_unwanted(side: Driven, request: EngineRequest) -> None:
+    """An abort can cross the engine's finish; the role frees what is offered then."""
+    for output in side.outputs.get(request.request_id, []):
+        if output.offer is not None:
+            await side.engine.release([output.offer.handoff_id])
+
+
+async def test_abort_while_producing(engines: Engines) -> None:
+    requests = [engines.producing(1000) for _ in range(4)]
+    for request in requests:
+        await engines.producer.engine.submit(request)
+
+    async def is_busy() -> bool:
+        load = await engines.producer.engine.load()
+        return load.num_free_blocks < engines.start[0].num_free_blocks
+
+    await eventually(is_busy)
+    await engines.producer.engine.abort([request.request_id for request in requests])
+    await asyncio.sleep(0)
+    for request in requests:
+        await _free_unwanted(engines.producer, request)
+
+
+async def test_abort_while_pulling(engines: Engines) -> None:
+    request, offer = await engines.produced()
+    nowhere = replace(offer, endpoints=(NOWHERE,))
+    pulling = engines.request(prompt_token_ids=request.prompt_token_ids, consume=nowhere)
+    await engines.consumer.engine.submit(pulling)
+
+    async def has_blocks() -> bool:
+        load = await engines.consumer.engine.load()
+        return load.num_free_blocks < engines.start[1].num_free_blocks
+
+    await eventually(has_blocks)
+    await engines.consumer.engine.abort([pulling.request_id])
+    await engines.consumer.frees_all(engines.start[1])
+    assert pulling.request_id not in engines.consumer.outputs, "no output follows an abort"
+    await engines.producer.engine.release([offer.handoff_id])
+
+
+async def test_abort_while_decoding(engines: Engines) -> None:
+    request, offer = await engines.produced()
+    sampling = {**GREEDY, "max_tokens": 600}
+    streams = [
+        engines.request(sampling=sampling),
+        engines.request(
+            prompt_token_ids=request.prompt_token_ids, sampling=sampling, consume=offer
+        ),
+    ]
+    for stream in streams:
+        await engines.consumer.engine.submit(stream)
+    for stream in streams:
+        await engines.consumer.says_something_of(stream.request_id)
+    await engines.consumer.engine.abort([stream.request_id for stream in streams])
+    assert not any([await engines.consumer.has_ended(stream.request_id) for stream in streams])
+
+
+async def test_abort_of_what_is_not_there(engines: Engines) -> None:
+    await engines.producer.engine.abort([RequestId("nobody")])
+    done = engines.request(20)
+    await engines.producer.run(done)
+    await engines.producer.engine.abort([done.request_id])
+
+
+async def test_release_frees_and_may_be_repeated(engines: Engines) -> None:
+    offers = [(await engines.produced())[1] for _ in range(3)]
+    await engines.producer.engine.release([offer.handoff_id for offer in offers])
+    await engines.producer.engine.release([offer.handoff_id for offer in offers])
+    await engines.producer.engine.release([HandoffId("nobody")])
+    await engines.producer.frees_all(engines.start[0])
+
+
+async def test_a_lease_that_runs_out_frees(engines: Engines) -> None:
+    before = (await engines.producer.engine.load()).counts
+    _, offer = await engines.produced()
+    await eventually(engines.producer.is_idle, LEASE_S + FREED_WITHIN_S)
+    after = (await engines.producer.engine.load()).counts
+    assert _grown(before, after)["handoffs_expired"] == 1
+    outputs = await engines.consumer.run(engines.request(consume=offer))
+    assert outputs[-1].finish_reason is FinishReason.ERROR
+    assert "refused: ended" in (outputs[-1].handoff_error or "")
+
+
+def _grown(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    return {kind: count - before.get(kind, 0) for kind, count in after.items()}
+
+
+@pytest.mark.parametrize(
+    ("label", "changes", "reason"),
+    [
+        ("a producer that is gone", {"endpoints": (NOWHERE,)}, "no data for 2.0 s"),
+        ("no address", {"endpoints": ()}, "has 0 ranks"),
+        ("another life of the producer", {"epoch": 1}, "refused: stale_epoch"),
+        ("another layout", {"fingerprint": "f" * 32}, "layout ffffffff"),
+        ("a hand-off that never was", {"handoff_id": HandoffId("no")}, "refused: unknown"),
+    ],
+)
+async def test_a_pull_that_fails_is_an_error_that_says_why(
+    engines: Engines, label: str, changes: dict[str, Any], reason: str
+) -> None:
+    request, offer = await engines.produced()
+    bad = engines.request(
+        prompt_token_ids=request.prompt_token_ids, consume=replace(offer, **changes)
+    )
+    outputs = await engines.consumer.run(bad)
+    assert [output.finish_reason for output in outputs] == [FinishReason.ERROR]
+    assert reason in (outputs[0].handoff_error or "")
+    assert tokens_of(outputs) == []
+    await engines.producer.engine.release([offer.handoff_id])
+    # The engine goes on: the same prompt, prefilled where it failed.
+    again = await engines.consumer.run(engines.request(prompt_token_ids=request.prompt_token_ids))
+    assert len(tokens_of(again)) == 8
+
+
+async def test_random_ends_leave_nothing(engines: Engines) -> None:
+    """Thirty requests, a third of them cancelled at a random moment."""
+    rng = random.Random(3)
+
+    async def one(index: int) -> None:
+        producing = engines.producing(rng.randint(2, 400))
+        outputs = await engines.producer.run(producing)
+        offer = only(outputs, "offer")
+        consuming = engines.request(prompt_token_ids=producing.prompt_token_ids, consume=offer)
+        await engines.consumer.engine.submit(consuming)
+        if index % 3 == 0:
+            await asyncio.sleep(rng.random() * 0.1)
+            await engines.consumer.engine.abort([consuming.request_id])
+        else:
+            await eventually(lambda: engines.consumer.has_ended(consuming.request_id), 60)
+            outputs = engines.consumer.outputs[consuming.request_id]
+            assert len(tokens_of(outputs)) == 8
+        await engines.producer.engine.release([offer.handoff_id])
+
+    await asyncio.gather(*(one(index) for index in range(30)))

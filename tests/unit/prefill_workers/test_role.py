@@ -1,0 +1,100 @@
+"""The prefill role as a table: what it makes of messages, engine outputs and cancels."""
+
+import pytest
+
+from cluster.engine import EngineOutput, EngineRequest
+from cluster.messages import Decode, Failed, Offer, Prefill, Prefilled, PrefillStats, Rejected
+from cluster.names import FinishReason, HandoffId, RequestId, WorkerId
+from cluster.worker import Ending, Report
+from prefill_workers.role import _CANCELLED_KEPT, PrefillRole
+
+R, H = RequestId("r"), HandoffId("h")
+MESSAGE = Prefill(R, H, (1, 2, 3), "salt", 2)
+OFFER = Offer(H, WorkerId("w"), 1, "f", ("tcp://a:1",), 3, 1, 30.0)
+STATS = PrefillStats(3, 3, 0, 0)
+DONE = EngineOutput(R, (9,), FinishReason.LENGTH, stats=STATS, offer=OFFER)
+PREFILLED = Report(Prefilled(R, OFFER, STATS))
+RELEASE, ABORT, NOTHING = Ending(release=(H,)), Ending(abort=(R,)), Ending()
+
+
+def accepted() -> PrefillRole:
+    role = PrefillRole()
+    role.accept(MESSAGE)
+    return role
+
+
+def test_a_prompt_is_computed_greedily_and_held() -> None:
+    assert PrefillRole().accept(MESSAGE) == EngineRequest(
+        R, (1, 2, 3), {}, produce=H, cache_salt="salt", priority=2
+    )
+
+
+def test_a_stream_is_not_this_roles() -> None:
+    role = PrefillRole()
+    message = Decode(R, (1,), {}, None, None, 0)
+    assert role.accept(message) == Rejected(R, "this worker is in the prefill role")
+    assert role.cancel(R) == NOTHING
+
+
+@pytest.mark.parametrize(
+    ("label", "output", "expected"),
+    [
+        ("still computing", EngineOutput(R, (9,)), Report(None)),
+        ("held", DONE, PREFILLED),
+        (
+            "ended without an offer",
+            EngineOutput(R, finish_reason=FinishReason.ABORT),
+            Report(Failed(R, "engine", "prefill ended with abort"), is_last=True),
+        ),
+        (
+            "an engine error",
+            EngineOutput(R, finish_reason=FinishReason.ERROR),
+            Report(Failed(R, "engine", "prefill ended with error"), is_last=True),
+        ),
+    ],
+)
+def test_reports(label: str, output: EngineOutput, expected: Report) -> None:
+    assert accepted().report(output) == expected, label
+
+
+@pytest.mark.parametrize(
+    ("label", "outputs", "endings"),
+    [
+        ("while computing: abort", [], [ABORT, NOTHING]),
+        ("while held: release", [DONE], [RELEASE, NOTHING]),
+        (
+            "after it failed: nothing",
+            [EngineOutput(R, finish_reason=FinishReason.ERROR)],
+            [NOTHING, NOTHING],
+        ),
+    ],
+)
+def test_cancels(label: str, outputs: list[EngineOutput], endings: list[Ending]) -> None:
+    role = accepted()
+    for output in outputs:
+        role.report(output)
+    assert [role.cancel(R) for _ in endings] == endings, label
+
+
+def test_an_offer_that_crosses_its_cancel_is_freed() -> None:
+    role = accepted()
+    assert role.cancel(R) == ABORT
+    assert role.report(DONE) == Report(None, RELEASE, is_last=True)
+    assert role.cancel(R) == NOTHING
+
+
+def test_a_cancel_of_nothing_is_no_error() -> None:
+    assert PrefillRole().cancel(R) == NOTHING
+
+
+def test_an_offer_of_nobodys_is_freed() -> None:
+    assert PrefillRole().report(DONE) == Report(None, RELEASE, is_last=True)
+
+
+def test_cancelled_requests_are_not_kept_for_ever() -> None:
+    role = PrefillRole()
+    for index in range(_CANCELLED_KEPT + 10):
+        request_id = RequestId(str(index))
+        role.accept(Prefill(request_id, H, (1,), None, 0))
+        role.cancel(request_id)
+    assert len(role._cancelled) == _CANCELLED_KEPT

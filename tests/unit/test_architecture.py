@@ -1,0 +1,273 @@
+"""The shape of the tree: who may import what, and what pure files may not do."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Each part, and the parts it may import: itself and what stands before it.
+LAYERS = {
+    "cluster": set(),
+    "kv_transfer": {"cluster"},
+    "prefill_workers": {"cluster", "kv_transfer"},
+    "decode_workers": {"cluster", "kv_transfer"},
+    "router": {"cluster", "kv_transfer", "prefill_workers", "decode_workers"},
+    "autoscaler": {"cluster", "kv_transfer", "prefill_workers", "decode_workers"},
+    # Composes them all; `deploy/engines.py` and `deploy/app.py` hand classes down as strings.
+    "deploy": {
+        "cluster",
+        "kv_transfer",
+        "prefill_workers",
+        "decode_workers",
+        "router",
+        "autoscaler",
+    },
+}
+
+VLLM = {
+    "cluster/vllm_cpu.py",
+    "cluster/vllm_documents.py",
+    "cluster/vllm_engine.py",
+    "kv_transfer/connector.py",
+    "kv_transfer/connector_scheduler.py",
+    "kv_transfer/connector_settings.py",
+    "kv_transfer/connector_worker.py",
+    "router/app.py",
+    "router/engine_client.py",
+}
+
+# Decisions: synchronous, from their arguments alone.
+PURE = {
+    "cluster/cores.py",
+    "cluster/errors.py",
+    "cluster/messages.py",
+    "cluster/names.py",
+    "cluster/reconcile.py",
+    "cluster/snapshot.py",
+    "cluster/wire.py",
+    "decode_workers/role.py",
+    "kv_transfer/handoff.py",
+    "kv_transfer/layout.py",
+    "kv_transfer/leases.py",
+    "kv_transfer/protocol.py",
+    "prefill_workers/role.py",
+    "router/ledger.py",
+    "router/policy.py",
+    "router/records.py",
+    "router/recovery.py",
+    "router/timeline.py",
+}
+NOT_IN_PURE = {"asyncio", "logging", "ray", "threading", "time", "torch", "vllm", "zmq"}
+
+# Declarations that pure files need: the configuration, the engine's nouns, a role's answers.
+PURE_MAY_IMPORT = {"cluster.config", "cluster.engine", "cluster.worker"}
+
+# Why each of these touches the environment is said where it does.
+ENVIRONMENT = {
+    "cluster/vllm_engine.py": "vLLM's engine processes read their settings from it",
+    "deploy/connect.py": "Ray reads the cluster's token from it",
+    "deploy/session.py": "Ray and Ray Serve read their settings from it when imported",
+}
+
+MAX_FUNCTION_LINES, MAX_FILE_LINES = 60, 450
+# Longer functions, each with the reason it is one.
+LONG_FUNCTIONS: dict[str, str] = {}
+BAD_SUFFIXES = ("Manager", "Handler", "Helper", "Util", "Utils", "Base", "Info", "Impl")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file of the tree, parsed."""
+
+    path: str
+    text: str
+    tree: ast.Module
+    nodes: tuple[ast.AST, ...]
+
+    @property
+    def part(self) -> str:
+        return self.path.partition("/")[0]
+
+    def imports(self) -> Iterator[str]:
+        """Yield every module imported anywhere in the file, in functions and for types too."""
+        for node in self.nodes:
+            if isinstance(node, ast.Import):
+                yield from (alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{self.path}:{node.lineno}: relative import"
+                yield node.module or ""
+
+    def functions(self) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+        for node in self.nodes:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield node
+
+
+def _parse(path: Path) -> Source:
+    text = path.read_text()
+    tree = ast.parse(text)
+    return Source(str(path.relative_to(ROOT)), text, tree, tuple(ast.walk(tree)))
+
+
+@cache
+def sources(*folders: str) -> tuple[Source, ...]:
+    """Return every Python file under `folders`."""
+    paths = sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+    return tuple(map(_parse, paths))
+
+
+def ours() -> tuple[Source, ...]:
+    return sources(*LAYERS)
+
+
+def test_the_parts_are_all_there_is() -> None:
+    packages = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert packages == {*LAYERS, "tests"}
+
+
+def test_imports_go_one_way() -> None:
+    wrong = [
+        f"{source.path} imports {module}"
+        for source in ours()
+        for module in source.imports()
+        if (part := module.partition(".")[0]) in {*LAYERS, "tests"}
+        and part not in LAYERS[source.part] | {source.part}
+    ]
+    assert not wrong
+
+
+def _files_importing(package: str) -> set[str]:
+    return {
+        source.path
+        for source in ours()
+        for module in source.imports()
+        if module.partition(".")[0] == package
+    }
+
+
+def test_vllm_is_imported_in_named_places_only() -> None:
+    assert _files_importing("vllm") == VLLM
+
+
+def test_torch_is_imported_only_where_vllm_may_be() -> None:
+    assert {path for path in _files_importing("torch") if path.startswith("deploy/models/")} <= {
+        "deploy/models/bench.py",
+        "deploy/models/train.py",
+    }
+    assert {
+        path for path in _files_importing("torch") if not path.startswith("deploy/models/")
+    } <= VLLM
+
+
+@pytest.mark.parametrize("path", sorted(PURE))
+def test_pure_files_are_pure(path: str) -> None:
+    (source,) = [source for source in ours() if source.path == path]
+    impure = {module.partition(".")[0] for module in source.imports()} & NOT_IN_PURE
+    assert not impure, f"{path} imports {impure}"
+    asynchronous = [
+        function.name
+        for function in source.functions()
+        if isinstance(function, ast.AsyncFunctionDef)
+    ]
+    assert not asynchronous
+
+
+def test_pure_files_import_pure_files() -> None:
+    """What a decision rests on must not bring the impure in by the back door."""
+    by_module = {path[:-3].replace("/", ".") for path in PURE} | PURE_MAY_IMPORT
+    wrong = [
+        f"{source.path} imports {module}"
+        for source in ours()
+        if source.path in PURE
+        for module in source.imports()
+        if module.partition(".")[0] in LAYERS and module not in by_module
+    ]
+    assert not wrong
+
+
+def test_the_environment_is_touched_in_named_places_only() -> None:
+    touching = {
+        source.path
+        for source in ours()
+        for node in source.nodes
+        if isinstance(node, ast.Attribute) and node.attr in {"environ", "getenv", "putenv"}
+    }
+    assert touching == set(ENVIRONMENT)
+
+
+def test_nothing_is_unpickled() -> None:
+    for package in ("pickle", "cloudpickle", "dill", "marshal", "shelve"):
+        assert not _files_importing(package)
+
+
+def test_vllms_words_are_spelled_once() -> None:
+    spelling = {source.path for source in ours() if "do_remote_" in source.text}
+    assert spelling == {"kv_transfer/protocol.py"}
+
+
+def test_functions_are_short() -> None:
+    long = {
+        f"{source.path}:{function.name}"
+        for source in ours()
+        for function in source.functions()
+        if (function.end_lineno or 0) - function.lineno + 1 > MAX_FUNCTION_LINES
+    }
+    assert long == set(LONG_FUNCTIONS)
+
+
+def test_files_are_short_and_say_what_they_are() -> None:
+    for source in (*ours(), *sources("tests")):
+        if source.path.startswith("tests/") and not source.text:
+            continue
+        assert ast.get_docstring(source.tree), f"{source.path} has no docstring"
+        assert len(source.text.splitlines()) <= MAX_FILE_LINES, f"{source.path} is too long"
+
+
+def test_names_are_nouns() -> None:
+    wrong = [
+        f"{source.path}:{node.name}"
+        for source in (*ours(), *sources("tests"))
+        for node in source.nodes
+        if isinstance(node, ast.ClassDef) and node.name.endswith(BAD_SUFFIXES)
+    ]
+    assert not wrong
+
+
+_BUILD_SIMULATED = """
+import json, sys
+from cluster.config import parse_config
+from cluster.names import Role, WorkerId
+from cluster.worker_spec import WorkerSpec
+import cluster.sim_engine, cluster.worker, kv_transfer.host_port, deploy.engines
+import decode_workers.role, prefill_workers.role
+config = parse_config({"model": {"path": sys.argv[1], "engine": "simulated"}})
+spec = WorkerSpec(WorkerId("w"), Role.DECODE, "", {}, config, (), "127.0.0.1")
+engine = deploy.engines.simulated_engine(spec)
+engine._port.close()
+print(json.dumps(sorted({name.partition(".")[0] for name in sys.modules})))
+"""
+
+
+def test_a_simulated_worker_imports_neither_torch_nor_vllm(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"vocab_size": 100, "max_position_embeddings": 512})
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", _BUILD_SIMULATED, str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    imported = set(json.loads(done.stdout.splitlines()[-1]))
+    assert {"cluster", "kv_transfer", "zmq"} <= imported
+    assert not imported & {"torch", "vllm", "ray", "transformers", "numpy"}
