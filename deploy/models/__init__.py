@@ -1,0 +1,1 @@
+"""The bundled model, its corpus and the generated bench model."""
