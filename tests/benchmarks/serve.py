@@ -1,0 +1,157 @@
+"""`make bench`: the price of the disaggregated path over one monolithic vLLM engine.
+
+Both endpoints run at once on the bench model; requests go to one and the other in turn, one at
+a time, so that whatever else the machine does meets both. One core per engine.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from deploy.models.bench import ensure_bench_model
+from tests.benchmarks.sections import table, write_section
+from tests.served import Served, monolith, tandem
+
+MODEL = Path(".cache/bench-model")
+PROMPT_LENGTHS = (128, 512, 1500)
+NUM_NEW_TOKENS = 64
+NUM_ROUNDS = 5
+REQUESTS_PER_ROUND = 3
+MAX_MODEL_LEN = 2048
+CHUNK_TOKENS = 2048
+KV_CACHE_GIB = 0.5
+TTFT_LIMIT, ITL_LIMIT = 1.25, 1.1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One request: time to the first token, and the median time between tokens, in seconds."""
+
+    ttft_s: float
+    itl_s: float
+
+
+def measure(served: Served, prompt: Sequence[int]) -> Timing:
+    """Stream one completion and time its tokens where a client sees them."""
+    body = {
+        "model": served.model,
+        "prompt": list(prompt),
+        "max_tokens": NUM_NEW_TOKENS,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    stamps: list[float] = []
+    began = time.perf_counter()
+    with served.client.stream("POST", "/v1/completions", json=body) as response:
+        assert response.status_code == 200, response.read()
+        for line in response.iter_lines():
+            if line.startswith("data: {") and json.loads(line[6:])["choices"]:
+                stamps.append(time.perf_counter())
+    gaps = [after - before for before, after in itertools.pairwise(stamps)]
+    return Timing(stamps[0] - began, statistics.median(gaps))
+
+
+def proportional_bytes(served: Served) -> int:
+    """Return the PSS of the process tree: shared pages counted once."""
+    root = psutil.Process(served.process.pid)
+    total = 0
+    for process in [root, *root.children(recursive=True)]:
+        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+        total += 1024 * int(rollup.split("\nPss:")[1].split()[0])
+    return total
+
+
+def run(rounds: int, served: dict[str, Served]) -> dict[tuple[str, int], list[Timing]]:
+    """Return per endpoint and prompt length one timing per round: the median of its requests."""
+    rng = random.Random(3)
+    timings: dict[tuple[str, int], list[Timing]] = defaultdict(list)
+    for number in range(rounds + 1):
+        for length in PROMPT_LENGTHS:
+            for name, endpoint in served.items():
+                # Fresh tokens each time: no prefix cache helps anyone.
+                prompts = [
+                    [rng.randrange(300, 4000) for _ in range(length)]
+                    for _ in range(REQUESTS_PER_ROUND)
+                ]
+                taken = [measure(endpoint, prompt) for prompt in prompts]
+                ttft_s = statistics.median(timing.ttft_s for timing in taken)
+                itl_s = statistics.median(timing.itl_s for timing in taken)
+                if number > 0:  # The first round warms both up.
+                    timings[name, length].append(Timing(ttft_s, itl_s))
+    return timings
+
+
+def report(timings: dict[tuple[str, int], list[Timing]], memory: dict[str, int]) -> bool:
+    """Print and write the table; return whether the limits hold."""
+    rows, is_within = [], True
+    for length in PROMPT_LENGTHS:
+        ours, theirs = timings["tandem", length], timings["vllm", length]
+        ttft = [statistics.median(t.ttft_s for t in taken) for taken in (ours, theirs)]
+        itl = [statistics.median(t.itl_s for t in taken) for taken in (ours, theirs)]
+        ratios = ttft[0] / ttft[1], itl[0] / itl[1]
+        is_within &= ratios[1] <= ITL_LIMIT and (length < 1500 or ratios[0] <= TTFT_LIMIT)
+        rows.append(
+            [
+                length,
+                *(f"{1e3 * value:.1f}" for value in ttft),
+                f"{ratios[0]:.2f}",
+                *(f"{1e3 * value:.2f}" for value in itl),
+                f"{ratios[1]:.2f}",
+            ]
+        )
+    header = ["prompt tokens", "TTFT ms, 1P1D", "vLLM", "ratio", "ITL ms, 1P1D", "vLLM", "ratio"]
+    body = table(header, rows) + (
+        f"\n\nMedian of {NUM_ROUNDS} interleaved rounds of {REQUESTS_PER_ROUND} requests,"
+        f" concurrency 1, {NUM_NEW_TOKENS} new tokens, bfloat16, chunk {CHUNK_TOKENS}, no prefix"
+        " hits. Pinning: prefill engine on core 0, decode engine on core 1, the monolithic engine"
+        " on core 0; router, proxies and client float.\n\n"
+        f"Idle PSS of the process tree: 1P1D deployment {memory['tandem'] / 2**30:.2f} GiB"
+        f" (two engines, Ray, router, proxy), vLLM {memory['vllm'] / 2**30:.2f} GiB (one engine)."
+        f"\n\nLimits: TTFT ratio at 1,500 tokens at most {TTFT_LIMIT}, ITL ratio at most"
+        f" {ITL_LIMIT}: {'held' if is_within else 'NOT held'}."
+    )
+    write_section("serve", "make bench", body)
+    return is_within
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
+    rounds = parser.parse_args().rounds
+    assert len(os.sched_getaffinity(0)) >= 2, "needs two cores: one per engine"
+    model = ensure_bench_model(MODEL)
+    with (
+        tandem(
+            "bench",
+            model=model,
+            model__max_model_len=MAX_MODEL_LEN,
+            model__chunk_tokens=CHUNK_TOKENS,
+            model__kv_cache_gib=KV_CACHE_GIB,
+        ) as ours,
+        monolith(
+            model=model,
+            cpus="0",
+            max_model_len=MAX_MODEL_LEN,
+            max_num_batched_tokens=CHUNK_TOKENS,
+            max_num_seqs=64,
+            kv_cache_memory_bytes=int(KV_CACHE_GIB * 2**30),
+        ) as theirs,
+    ):
+        served = {"tandem": ours, "vllm": theirs}
+        memory = {name: proportional_bytes(endpoint) for name, endpoint in served.items()}
+        return 0 if report(run(rounds, served), memory) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

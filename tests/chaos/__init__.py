@@ -1,0 +1,1 @@
+"""Real deployments with processes killed or bytes damaged while requests run."""

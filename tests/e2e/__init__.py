@@ -1,0 +1,1 @@
+"""The whole path on real engines, through the REST endpoint."""

@@ -1,0 +1,38 @@
+"""One disaggregated deployment and one monolithic server for all tests here: engines are slow
+to start."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.served import Served, monolith, tandem
+
+BLOCK_SIZE = 128
+CHUNK_TOKENS = 256
+MAX_MODEL_LEN = 2048
+
+
+@pytest.fixture(scope="session")
+def disaggregated() -> Iterator[Served]:
+    """1P1D, float32, small chunks, and no recovery: a failed hand-off fails its request."""
+    with tandem(
+        "test-e2e",
+        model__dtype="float32",
+        model__chunk_tokens=CHUNK_TOKENS,
+        model__kv_cache_gib=0.5,
+        router__recovery="none",
+    ) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def monolithic() -> Iterator[Served]:
+    """One vLLM engine of the same build; its chunk takes any prompt in one step."""
+    with monolith(
+        dtype="float32",
+        max_model_len=MAX_MODEL_LEN,
+        block_size=BLOCK_SIZE,
+        max_num_seqs=64,
+        kv_cache_memory_bytes=512 << 20,
+    ) as served:
+        yield served

@@ -1,0 +1,163 @@
+"""Promise 1: what the disaggregated path answers is what monolithic vLLM answers."""
+
+import json
+import random
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from tests.e2e.conftest import BLOCK_SIZE, CHUNK_TOKENS
+from tests.prompts import prompt_of, text_of
+from tests.served import Served
+
+pytestmark = pytest.mark.e2e
+
+NUM_PROMPTS = 64
+NUM_NEW_TOKENS = 64
+MAX_PROMPT = 1900
+LOGPROB_TOLERANCE = 1e-4
+
+
+def prompt_lengths() -> list[int]:
+    """Return 64 lengths: the ends, every length around block and chunk edges, others at random."""
+    edges = [BLOCK_SIZE, CHUNK_TOKENS, 3 * BLOCK_SIZE, 2 * CHUNK_TOKENS, 4 * CHUNK_TOKENS, 1536]
+    around = {edge + delta for edge in edges for delta in (-2, -1, 0, 1, 2)}
+    lengths = sorted({1, 2, 3, 17, MAX_PROMPT - 1, MAX_PROMPT} | around)
+    rng = random.Random(1)
+    return lengths + [rng.randint(1, MAX_PROMPT) for _ in range(NUM_PROMPTS - len(lengths))]
+
+
+PROMPTS = [prompt_of(length, seed) for seed, length in enumerate(prompt_lengths())]
+GREEDY: dict[str, Any] = {"max_tokens": NUM_NEW_TOKENS, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def expected(monolithic: Served) -> list[list[int]]:
+    return [monolithic.tokens(prompt, **GREEDY) for prompt in PROMPTS]
+
+
+def test_greedy_tokens_are_identical_one_by_one(
+    disaggregated: Served, expected: list[list[int]]
+) -> None:
+    for number, prompt in enumerate(PROMPTS):
+        answer = disaggregated.complete(prompt, return_token_ids=True, **GREEDY)
+        got = answer["choices"][0]["token_ids"]
+        assert got == expected[number], f"prompt {number} of {len(prompt)} tokens"
+
+
+def test_greedy_tokens_are_identical_16_at_a_time(
+    disaggregated: Served, expected: list[list[int]]
+) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda prompt: disaggregated.tokens(prompt, **GREEDY), PROMPTS))
+    wrong = [len(PROMPTS[i]) for i, got in enumerate(answers) if got != expected[i]]
+    assert not wrong, f"prompt lengths that differ: {wrong}"
+
+
+def test_decode_computes_at_most_one_prompt_token(disaggregated: Served) -> None:
+    for prompt in (prompt_of(length, 1000 + length) for length in (2, 130, 700, 1500)):
+        answer = disaggregated.complete(prompt, max_tokens=4)
+        (sequence,) = disaggregated.record(answer["headers"]["x-request-id"])["sequences"]
+        tokens = sequence["prompt_tokens"]
+        assert tokens["recomputed"] <= 1, sequence
+        assert tokens["transferred"] + tokens["reused"] + tokens["recomputed"] == len(prompt)
+        assert sequence["bytes_agree"] is True
+        assert sequence["received_bytes"] > 0
+        assert answer["headers"]["x-tandem-prefill-worker"] == sequence["prefill_worker"]
+        assert answer["headers"]["x-tandem-decode-worker"] == sequence["decode_worker"]
+
+
+def test_logprobs_agree(disaggregated: Served, monolithic: Served) -> None:
+    for length in (5, 127, 300, 1200):
+        prompt = prompt_of(length, 2000 + length)
+        parameters = {"max_tokens": 16, "logprobs": 5, "ignore_eos": True}
+        got = disaggregated.complete(prompt, **parameters)["choices"][0]["logprobs"]
+        wanted = monolithic.complete(prompt, **parameters)["choices"][0]["logprobs"]
+        assert got["tokens"] == wanted["tokens"]
+        pairs = zip(got["token_logprobs"], wanted["token_logprobs"], strict=True)
+        assert max(abs(ours - theirs) for ours, theirs in pairs) < LOGPROB_TOLERANCE
+        for ours, theirs in zip(got["top_logprobs"], wanted["top_logprobs"], strict=True):
+            assert set(ours) == set(theirs)
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"stop": [" the "], "max_tokens": 64},
+        {"stop": ["and", "LORD"], "max_tokens": 64, "include_stop_str_in_output": True},
+        {"n": 2, "temperature": 0.8, "seed": 7, "max_tokens": 24},
+        {"min_tokens": 20, "max_tokens": 40, "stop": [","]},
+        {"temperature": 1.0, "seed": 1234, "max_tokens": 40},
+        {"temperature": 0.9, "seed": 5, "top_p": 0.8, "top_k": 40, "max_tokens": 40},
+        {"repetition_penalty": 1.3, "max_tokens": 40},
+        {"echo": True, "logprobs": 1, "max_tokens": 4},
+        {"max_tokens": 1},
+    ],
+    ids=lambda parameters: "+".join(parameters),
+)
+def test_sampling_parameters_mean_the_same(
+    disaggregated: Served, monolithic: Served, parameters: dict[str, Any]
+) -> None:
+    prompt = text_of(300, seed=31)
+    got = disaggregated.complete(prompt, **parameters)
+    wanted = monolithic.complete(prompt, **parameters)
+    for ours, theirs in zip(got["choices"], wanted["choices"], strict=True):
+        assert ours["text"] == theirs["text"]
+        assert ours["finish_reason"] == theirs["finish_reason"]
+        assert ours["stop_reason"] == theirs["stop_reason"]
+    assert got["usage"]["completion_tokens"] == wanted["usage"]["completion_tokens"]
+    assert got["usage"]["prompt_tokens"] == wanted["usage"]["prompt_tokens"]
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def chat(served: Served, **parameters: Any) -> dict[str, Any]:
+    body = {
+        "model": served.model,
+        "messages": [{"role": "user", "content": text_of(160, seed=5)}],
+        "temperature": 0.0,
+        "max_tokens": 96,
+        **parameters,
+    }
+    response = served.client.post("/v1/chat/completions", json=body)
+    assert response.status_code == 200, response.text
+    choice: dict[str, Any] = response.json()["choices"][0]
+    return choice
+
+
+def test_json_schema_output_is_the_same(disaggregated: Served, monolithic: Served) -> None:
+    response_format = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}
+    got = chat(disaggregated, response_format=response_format)
+    wanted = chat(monolithic, response_format=response_format)
+    assert got["message"]["content"] == wanted["message"]["content"]
+    assert got["finish_reason"] == wanted["finish_reason"]
+
+
+def test_a_named_tool_is_called_the_same(disaggregated: Served, monolithic: Served) -> None:
+    tool = {"type": "function", "function": {"name": "remember", "parameters": SCHEMA}}
+    choice = {"type": "function", "function": {"name": "remember"}}
+    got = chat(disaggregated, tools=[tool], tool_choice=choice)
+    wanted = chat(monolithic, tools=[tool], tool_choice=choice)
+    (ours,), (theirs,) = got["message"]["tool_calls"], wanted["message"]["tool_calls"]
+    assert ours["function"] == theirs["function"]
+    assert ours["function"]["name"] == "remember"
+    if got["finish_reason"] != "length":
+        assert set(json.loads(ours["function"]["arguments"])) == {"name", "age"}
+
+
+def test_a_seeded_prompt_over_several_chunks_is_sampled_the_same(
+    disaggregated: Served, monolithic: Served
+) -> None:
+    """`echo` forces the whole prompt through decode in several steps, seeded draws included."""
+    parameters = {"echo": True, "logprobs": 0, "seed": 3, "temperature": 1.0, "max_tokens": 12}
+    prompt = text_of(3 * CHUNK_TOKENS, seed=77)
+    got = disaggregated.complete(prompt, **parameters)["choices"][0]
+    wanted = monolithic.complete(prompt, **parameters)["choices"][0]
+    assert got["text"] == wanted["text"]

@@ -1,0 +1,172 @@
+"""Endpoints under test as their users start them: `tandem serve`, and vLLM's own server."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import psutil
+
+from cluster.config import BUNDLED_MODEL
+
+START_TIMEOUT_S = 240.0
+STOP_TIMEOUT_S = 30.0
+
+Value = TypeVar("Value")
+
+
+def free_port() -> int:
+    """Return a port of the loopback interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(read: Callable[[], Value | None], timeout_s: float, what: str) -> Value:
+    """Return the first value of `read` that is not None or False; fail after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        value = read()
+        if value is not None and value is not False:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout_s:g} s: {what}")
+        time.sleep(0.05)
+
+
+@dataclass
+class Served:
+    """A running endpoint: its process, its URL, its model's name."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    model: str
+    log: Path
+    client: httpx.Client = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client = httpx.Client(base_url=self.url, timeout=120.0)
+
+    def complete(self, prompt: str | Sequence[int], **parameters: Any) -> dict[str, Any]:
+        """Return the body of a completion; raise for an error status."""
+        body = {"model": self.model, "prompt": prompt, "temperature": 0.0, **parameters}
+        response = self.client.post("/v1/completions", json=body)
+        assert response.status_code == 200, f"{response.status_code}: {response.text}"
+        return {**response.json(), "headers": response.headers}
+
+    def tokens(self, prompt: Sequence[int], **parameters: Any) -> list[int]:
+        """Return the token ids of a greedy completion of token ids."""
+        answer = self.complete(list(prompt), return_token_ids=True, **parameters)
+        token_ids: list[int] = answer["choices"][0]["token_ids"]
+        return token_ids
+
+    def record(self, request_id: str) -> dict[str, Any]:
+        """Return the request's record."""
+        response = self.client.get(f"/admin/requests/{request_id}")
+        assert response.status_code == 200, response.text
+        document: dict[str, Any] = response.json()
+        return document
+
+    def workers(self) -> dict[str, dict[str, Any]]:
+        """Return what the router knows of each worker, by id."""
+        document = self.client.get("/debug/pinned").json()
+        return {worker["worker_id"]: worker for worker in document["workers"]}
+
+    def free_blocks(self) -> dict[str, int]:
+        """Return the free blocks of each worker's engine, once every worker has reported."""
+
+        def read() -> dict[str, int] | None:
+            blocks = {key: worker["free_blocks"] for key, worker in self.workers().items()}
+            return None if None in blocks.values() else blocks
+
+        return wait_until(read, 10, "every worker reports its blocks")
+
+    def tail(self) -> str:
+        return self.log.read_text()[-4000:]
+
+
+def start(command: Sequence[str], url: str, model: str, env: Mapping[str, str] = {}) -> Served:
+    """Start `command` and return when `/health` answers 200; fail with its log if it ends."""
+    log = Path(tempfile.mkstemp(prefix="tandem-test-", suffix=".log")[1])
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **env}
+        )
+    served = Served(process, url, model, log)
+
+    def is_up() -> bool:
+        assert process.poll() is None, f"{command[0]} ended: {served.tail()}"
+        with contextlib.suppress(httpx.HTTPError):
+            return served.client.get("/health", timeout=5.0).status_code == 200
+        return False
+
+    try:
+        wait_until(is_up, START_TIMEOUT_S, f"{url} serves; log: {served.tail()}")
+    except BaseException:
+        process.kill()
+        raise
+    return served
+
+
+def stop(served: Served, by: signal.Signals = signal.SIGINT) -> int:
+    """End the process by signal and return its exit status; fail if it takes too long."""
+    served.client.close()
+    served.process.send_signal(by)
+    return served.process.wait(STOP_TIMEOUT_S)
+
+
+def tandem_command(name: str, port: int, flags: Mapping[str, Any], verb: str) -> list[str]:
+    """Return the command line of `tandem VERB` with `flags` by configuration path."""
+    command = [sys.executable, "-m", "deploy.cli", verb, "--name", name, "--port", str(port)]
+    for path, value in flags.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        command += [f"--{path}", text]
+    return command
+
+
+@contextlib.contextmanager
+def tandem(name: str, model: Path = BUNDLED_MODEL, **flags: Any) -> Iterator[Served]:
+    """Run `tandem serve`; keyword `model__dtype` is `--model.dtype`. Checks the exit status."""
+    port = free_port()
+    paths = {key.replace("__", "."): value for key, value in flags.items()}
+    command = tandem_command(name, port, {"model.path": str(model), **paths}, "serve")
+    served = start(command, f"http://127.0.0.1:{port}", model.name)
+    try:
+        yield served
+    finally:
+        status = stop(served)
+    assert status == 0, served.tail()
+
+
+@contextlib.contextmanager
+def monolith(model: Path = BUNDLED_MODEL, cpus: str = "", **arguments: Any) -> Iterator[Served]:
+    """Run vLLM's own OpenAI server on one engine, pinned to `cpus` if any are named."""
+    port = free_port()
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", str(model), "--served-model-name", model.name]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    for name, value in arguments.items():
+        flag = f"--{name.replace('_', '-')}"
+        command += [flag] if value is True else [flag, str(value)]
+    env = {
+        "VLLM_CPU_OMP_THREADS_BIND": cpus or "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+    served = start(command, f"http://127.0.0.1:{port}", model.name, env)
+    try:
+        yield served
+    finally:
+        children = psutil.Process(served.process.pid).children(recursive=True)
+        stop(served)
+        psutil.wait_procs(children, timeout=STOP_TIMEOUT_S)
