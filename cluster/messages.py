@@ -116,6 +116,8 @@ class Receipt:
 class Tokens:
     """Worker to router: newly generated tokens of one request.
 
+    `num_before` counts the leg's tokens sent before these: a gap shows that a message was lost
+    on the way, which a connection that breaks and heals would otherwise hide.
     `logprobs` and `prompt_logprobs` are documents shaped as vLLM's `LogprobsLists`; `stats` is
     on the first message and `receipt`, where KV was pulled, on one message of the request.
     """
@@ -128,6 +130,7 @@ class Tokens:
     prompt_logprobs: Mapping[str, object] | None = None
     stats: PrefillStats | None = None
     receipt: Receipt | None = None
+    num_before: int = 0
 
 
 @dataclass(frozen=True, slots=True)

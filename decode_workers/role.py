@@ -10,12 +10,12 @@ class DecodeRole:
     """What a worker does with streams."""
 
     def __init__(self) -> None:
-        self._streaming: set[RequestId] = set()
+        self._num_sent: dict[RequestId, int] = {}
 
     def accept(self, message: Prefill | Decode) -> EngineRequest | Rejected:
         if not isinstance(message, Decode):
             return Rejected(message.request_id, "this worker is in the decode role")
-        self._streaming.add(message.request_id)
+        self._num_sent[message.request_id] = 0
         return EngineRequest(
             request_id=message.request_id,
             prompt_token_ids=message.prompt_token_ids,
@@ -28,8 +28,11 @@ class DecodeRole:
     def report(self, output: EngineOutput) -> Report:
         """Pass tokens on; say of a failure whether another hand-off may cure it."""
         is_last = output.finish_reason is not None
+        num_before = self._num_sent.get(output.request_id, 0)
         if is_last:
-            self._streaming.discard(output.request_id)
+            self._num_sent.pop(output.request_id, None)
+        elif output.request_id in self._num_sent:
+            self._num_sent[output.request_id] += len(output.token_ids)
         if output.finish_reason is FinishReason.ERROR:
             return Report(_failed(output), is_last=True)
         message = Tokens(
@@ -41,14 +44,13 @@ class DecodeRole:
             prompt_logprobs=output.prompt_logprobs,
             stats=output.stats,
             receipt=output.receipt,
+            num_before=num_before,
         )
         return Report(message, is_last=is_last)
 
     def cancel(self, request_id: RequestId) -> Ending:
-        if request_id not in self._streaming:
-            return Ending()
-        self._streaming.discard(request_id)
-        return Ending(abort=(request_id,))
+        is_known = self._num_sent.pop(request_id, None) is not None
+        return Ending(abort=(request_id,)) if is_known else Ending()
 
 
 def _failed(output: EngineOutput) -> Failed:

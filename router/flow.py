@@ -206,6 +206,7 @@ class Flow:
         )
         if run.prefill is not None:
             run.prefill.tie(run.decode)
+        run.num_received = 0
 
     async def _decode(self, run: "_Run") -> Tokens:
         """Return the next tokens; the first ones show that the hand-off is done."""
@@ -216,6 +217,11 @@ class Flow:
             raise _failure(answer)
         if answer.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
             raise _EngineFailed(f"the decode worker ended it: {answer.stop_reason or 'aborted'}")
+        if answer.num_before != run.num_received:
+            raise _EngineFailed(
+                f"tokens lost on the way: {run.num_received} received, {answer.num_before} sent"
+            )
+        run.num_received += len(answer.token_ids)
         if run.prefill is not None:
             run.prefill.close()
             run.prefill = None
@@ -339,6 +345,7 @@ class _Run:
     prefill: Leg | None = None
     decode: Leg | None = None
     offer: Offer | None = None
+    num_received: int = 0
 
     @property
     def leg_id(self) -> RequestId:

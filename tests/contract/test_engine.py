@@ -1,6 +1,7 @@
 """What every `Engine` promises, asked of a producing and a consuming one side by side."""
 
 import asyncio
+import contextlib
 import json
 import random
 from collections import Counter
@@ -169,8 +170,12 @@ async def pair(
 
 def _children() -> set[psutil.Process]:
     """Return every process below this one but the interpreter's own resource tracker."""
-    children = psutil.Process().children(recursive=True)
-    return {child for child in children if "resource_tracker" not in " ".join(child.cmdline())}
+    living = set()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                living.add(child)
+    return living
 
 
 @pytest_asyncio.fixture(loop_scope="module")

@@ -161,6 +161,7 @@ class FakeWorker:
             finish_reason=finish if is_last else None,
             stats=None if index else stats,
             receipt=None if index else receipt,
+            num_before=index,
         )
 
     def _prefilled(self, message: Prefill) -> Prefilled:

@@ -55,12 +55,12 @@ def test_a_clean_stop_is_quick_and_leaves_nothing(host: "subprocess.Popen[str]")
     assert all(_is_gone(pid) for pid in pids)
     _, errors = host.communicate(timeout=60)
     assert host.returncode == 0, errors[-4000:]
-    # After 5 s vLLM kills what is left, and its shared memory leaks.
+    # After its time is up vLLM kills what is left, and its shared memory leaks.
     assert "force killing" not in errors and "leaked" not in errors, errors[-4000:]
     assert isinstance(cost["cpu_s"], float) and isinstance(cost["wall_s"], float)
     # Wall time is these CPU seconds only where nothing else wants the cores.
     assert cost["cpu_s"] < 2.0, cost
-    assert cost["wall_s"] < 5.0, cost
+    assert cost["wall_s"] < 8.0, cost
 
 
 def test_a_killed_owner_takes_its_engine_along(host: "subprocess.Popen[str]") -> None:

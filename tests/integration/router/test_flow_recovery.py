@@ -214,6 +214,22 @@ async def test_late_answers_of_an_earlier_attempt_are_not_taken() -> None:
         await stream.aclose()
 
 
+async def test_tokens_lost_on_the_way_end_the_stream_rather_than_leave_a_gap() -> None:
+    async with Pools() as pools:
+        pools["d0"].plans.append(HANG)
+        request = pools.request()
+        stream = pools.flow.serve(request)
+        reading = asyncio.create_task(anext(stream))
+        await until(lambda: len(pools["d0"].requests) == 1)
+        (leg,) = pools["d0"].requests
+        await pools["d0"].send(b"router", Tokens(leg.request_id, (0,)))
+        assert (await reading).token_ids == (0,)
+        await pools["d0"].send(b"router", Tokens(leg.request_id, (2,), num_before=2))
+        with pytest.raises(WorkerLost, match="lost on the way: 1 received, 2 sent"):
+            await anext(stream)
+        assert causes(pools.record(request)) == ["decode_failed"]
+
+
 async def test_a_silent_worker_that_comes_back_serves_again() -> None:
     async with Pools(1, 1, QUICK_S) as pools:
         pools["p0"].freeze()

@@ -164,7 +164,7 @@ def head(*parts: Any) -> bytes:
         (head(PROTOCOL_VERSION, 4, [b"r"]), "expected str, got bytes"),
         (head(PROTOCOL_VERSION, 2, ["r", "h", [1, "2"], None, 0]), "array of int"),
         (head(PROTOCOL_VERSION, 2, ["r", "h", [1, True], None, 0]), "array of int"),
-        (head(PROTOCOL_VERSION, 7, ["r", [1], "bored", *[None] * 5]), "FinishReason"),
+        (head(PROTOCOL_VERSION, 7, ["r", [1], "bored", *[None] * 5, 0]), "FinishReason"),
         (head(PROTOCOL_VERSION, 3, ["r", [1], {1: 2}, None, None, 0]), "not msgpack|keys"),
         (head(PROTOCOL_VERSION, 1, [msgpack.ExtType(5, b"x")]), "expected str"),
         (
