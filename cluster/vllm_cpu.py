@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 
-class RewindableGenerator(torch.Generator):
+class RewindableGenerator(torch.Generator):  # type: ignore[misc]  # torch is untyped here
     """A CPU generator that can take back one draw.
 
     vLLM draws for every row of a step and takes the draw of an unfinished prompt back by
@@ -48,7 +48,7 @@ def make_seeded_prompts_chunkable() -> None:
         _prepare_rewind(runner)
         return sample(runner, *args, **kwargs)
 
-    CPUModelRunner._sample = sample_rewindably
+    CPUModelRunner._sample = sample_rewindably  # type: ignore[method-assign, assignment]
 
 
 def _prepare_rewind(runner: Any) -> None:

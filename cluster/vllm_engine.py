@@ -43,7 +43,7 @@ from cluster.vllm_documents import (
     sampling_from_document,
 )
 
-_CONTROL_TIMEOUT_MS = 2000
+_CONTROL_TIMEOUT_MS = 5000
 # A stop takes about 1 s of CPU; vLLM kills what has not ended after this, and leaks its memory.
 _STOP_S = 8.0
 _FINISH = {

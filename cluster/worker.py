@@ -9,11 +9,10 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import zmq.asyncio
 
-from cluster.engine import Engine, EngineFacts, EngineLoad, EngineOutput, EngineRequest
+from cluster.engine import Engine, EngineFacts, EngineLoad, EngineOutput
 from cluster.errors import RequestInvalid
 from cluster.messages import (
     Cancel,
@@ -26,41 +25,15 @@ from cluster.messages import (
     WorkerMessage,
     WorkerSnapshot,
 )
-from cluster.names import HandoffId, RequestId
+from cluster.names import RequestId
 from cluster.request_plane import WorkerSocket
+from cluster.roles import Ending, WorkerRole
 from cluster.snapshot import WorkerEntry
 from cluster.worker_spec import WorkerSpec, load
 
 _WATCH_S = 0.5
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """What ending a request takes: engine requests to abort, held KV caches to free."""
-
-    abort: tuple[RequestId, ...] = ()
-    release: tuple[HandoffId, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What an engine output means: news for the router, and whether its table entry goes."""
-
-    message: WorkerMessage | None
-    ending: Ending = Ending()
-    is_last: bool = False
-
-
-class WorkerRole(Protocol):
-    """What a worker does in one role; synchronous, without I/O."""
-
-    def accept(self, message: Prefill | Decode) -> EngineRequest | Rejected: ...
-
-    def report(self, output: EngineOutput) -> Report: ...
-
-    def cancel(self, request_id: RequestId) -> Ending: ...
 
 
 @dataclass(slots=True)

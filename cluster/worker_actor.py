@@ -7,6 +7,7 @@ from pathlib import Path
 
 import ray
 
+from cluster.shared_memory import track_apart
 from cluster.snapshot import WorkerEntry
 from cluster.worker import Worker
 from cluster.worker_spec import Seat, WorkerSpec
@@ -20,6 +21,7 @@ class WorkerActor:
     """Adapts `Worker` to Ray: each method is one of the worker's, and `run` is a task."""
 
     def __init__(self) -> None:
+        track_apart()
         self._worker: Worker | None = None
         self._entry: WorkerEntry | None = None
         self._running: asyncio.Task[None] | None = None

@@ -3,7 +3,7 @@
 from cluster.engine import EngineOutput, EngineRequest
 from cluster.messages import Decode, Failed, Prefill, Rejected, Tokens
 from cluster.names import FinishReason, RequestId
-from cluster.worker import Ending, Report
+from cluster.roles import Ending, Report
 
 
 class DecodeRole:

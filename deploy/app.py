@@ -34,7 +34,7 @@ from router.deployment import router_application
 # Ctrl-C must have left nothing after 15 s: this much for a clean stop, then the mark decides.
 STOP_S = 11.0
 _CONTROLLER_STOP_S = 6.0
-_TERM_GRACE_S = 0.5
+_TERM_GRACE_S = 2.0
 _POLL_S = 0.25
 
 
@@ -125,7 +125,8 @@ class Deployment:
             status = self.status()
             self._say_events(status)
             if status["failing"]:
-                raise Unavailable(str(status["reason"]))
+                hint = "" if self._verbose else "; --verbose shows the workers' logs"
+                raise Unavailable(f"{status['reason']}{hint}")
             router = serve.status().applications.get(self._session.name)
             if router is not None and router.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise Unavailable(f"the router does not start: {router.message}")
@@ -143,7 +144,8 @@ class Deployment:
         try:
             answer = httpx.get(f"{self.url}/health", timeout=5.0)
         except httpx.HTTPError as error:
-            return f"the endpoint does not answer: {error}"
+            note = "" if self._owns_serve else "; Serve ran there already and keeps its own port"
+            return f"{self.url} does not answer: {error}{note}"
         return None if answer.status_code == 200 else f"the endpoint says: {answer.text[:500]}"
 
     def status(self) -> dict[str, Any]:

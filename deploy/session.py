@@ -62,6 +62,8 @@ def open_session(config: TandemConfig) -> Session:
 _RAY = {
     # A worker's death takes its whole process group along: HAProxy, engine processes.
     "RAY_process_group_cleanup_enabled": "1",
+    # Spare processes would not fit: ours all have an environment of their own.
+    "RAY_prestart_worker_first_driver": "0",
     # Ray Serve keeps proxies and replicas up this long for load balancers to notice.
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",

@@ -72,6 +72,7 @@ class Consumer:
         window: int,
         stall_timeout_s: float,
         renew_s: float,
+        is_checksummed: bool,
         damage: Damage | None = None,
     ) -> None:
         self.results: list[EndedPull] = []
@@ -82,6 +83,7 @@ class Consumer:
         self._window = window
         self._stall_timeout_s = stall_timeout_s
         self._renew_s = renew_s
+        self._is_checksummed = is_checksummed
         self._damage_received = damage
         self._active: dict[HandoffId, _Active] = {}
         self._by_key: dict[str, HandoffId] = {}
@@ -179,8 +181,10 @@ class Consumer:
         wanted = self._store.layout.groups[read.group].block_bytes * read.num_blocks
         if payload is None or payload.nbytes != wanted or message.payload_bytes != wanted:
             return f"payload of {payload.nbytes if payload else 0} bytes, wanted {wanted}"
-        if message.checksum is None:
+        if not self._is_checksummed:
             return None
+        if message.checksum is None:
+            return f"no checksum with blocks {read.first_block}+{read.num_blocks}"
         if xxhash.xxh3_64_intdigest(payload) != message.checksum:
             return f"checksum mismatch in blocks {read.first_block}+{read.num_blocks}"
         return None

@@ -71,6 +71,7 @@ class HandoffPort:
             section.reads_in_flight,
             section.stall_timeout_s,
             section.lease_s / 3,
+            section.checksum,
             faults.damage_of(section.fault, store.layout),
         )
         self.counts: Counter[str] = Counter()

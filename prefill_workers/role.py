@@ -7,7 +7,7 @@ stays known until the router closes its leg, whoever has freed the blocks meanwh
 from cluster.engine import EngineOutput, EngineRequest
 from cluster.messages import Decode, Failed, Prefill, Prefilled, Rejected
 from cluster.names import HandoffId, RequestId
-from cluster.worker import Ending, Report
+from cluster.roles import Ending, Report
 
 _CANCELLED_KEPT = 4096
 

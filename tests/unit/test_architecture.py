@@ -51,6 +51,7 @@ PURE = {
     "cluster/messages.py",
     "cluster/names.py",
     "cluster/reconcile.py",
+    "cluster/roles.py",
     "cluster/snapshot.py",
     "cluster/wire.py",
     "decode_workers/role.py",
@@ -67,8 +68,8 @@ PURE = {
 }
 NOT_IN_PURE = {"asyncio", "logging", "ray", "threading", "time", "torch", "vllm", "zmq"}
 
-# Declarations that pure files need: the configuration, the engine's nouns, a role's answers.
-PURE_MAY_IMPORT = {"cluster.config", "cluster.engine", "cluster.worker"}
+# Declarations that pure files need: the configuration, the nouns of the engine.
+PURE_MAY_IMPORT = {"cluster.config", "cluster.engine"}
 
 # Why each of these touches the environment is said where it does.
 ENVIRONMENT = {

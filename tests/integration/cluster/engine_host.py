@@ -24,9 +24,11 @@ def _children() -> list[psutil.Process]:
     return [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
 
 
-def _cpu_s(processes: list[psutil.Process]) -> float:
+def _living_cpu_s(processes: list[psutil.Process]) -> float:
+    """Return what they have used, with what their own ended children did."""
     times = [process.cpu_times() for process in processes]
-    return sum(spent.user + spent.system for spent in times)
+    own = sum(spent.user + spent.system for spent in times)
+    return own + sum(spent.children_user + spent.children_system for spent in times)
 
 
 def _ended_cpu_s() -> float:
@@ -37,17 +39,16 @@ def _ended_cpu_s() -> float:
 async def _host() -> None:
     model = {"path": str(tree.BUNDLED_MODEL), "max_model_len": 512, "kv_cache_gib": 0.0625}
     config = parse_config({"model": {**model, "engine_args": {"skip_tokenizer_init": True}}})
-    ended_before = _ended_cpu_s()
     spec = WorkerSpec(WorkerId("w"), Role.PREFILL, "", {}, config, (0,), "127.0.0.1")
     engine = vllm_engine(spec)
     await engine.start()
     children = _children()
     print(json.dumps({"pids": [child.pid for child in children]}), flush=True)
     await asyncio.to_thread(sys.stdin.readline)
-    spent, started = _cpu_s(children), time.monotonic()
+    spent, started = _living_cpu_s(children) + _ended_cpu_s(), time.monotonic()
     await engine.stop()
     wall_s = time.monotonic() - started
-    cpu_s = _ended_cpu_s() - ended_before - spent
+    cpu_s = _ended_cpu_s() - spent
     print(json.dumps({"wall_s": wall_s, "cpu_s": cpu_s}), flush=True)
     await engine.stop()
 

@@ -14,7 +14,7 @@ from cluster.messages import (
     Tokens,
 )
 from cluster.names import FinishReason, HandoffId, RequestId, WorkerId
-from cluster.worker import Ending, Report
+from cluster.roles import Ending, Report
 from decode_workers.role import DecodeRole
 
 R = RequestId("r")

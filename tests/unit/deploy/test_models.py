@@ -32,6 +32,8 @@ def fail(message: str) -> None:
 def render(messages: list[dict[str, Any]], **more: Any) -> str:
     environment = ImmutableSandboxedEnvironment()
     environment.globals["raise_exception"] = fail
+    # Jinja's own filter escapes for HTML; transformers puts this one in its place.
+    environment.filters["tojson"] = json.dumps
     template = read_json(TINY / "tokenizer_config.json")["chat_template"]
     return environment.from_string(template).render(messages=messages, bos_token="<|bos|>", **more)
 

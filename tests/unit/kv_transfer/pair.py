@@ -77,7 +77,9 @@ class Pair:
         self.theirs, self.ours = WatchedStore(layout, seed + 1), WatchedStore(layout, seed + 2)
         self.late_commands: list[Callable[[], None]] = []
         self.producer = Producer(self.theirs, EPOCH, LEASE_S, is_checksummed, self._catch_up)
-        self.consumer = Consumer(self.ours, 0, chunk_bytes, window, STALL_S, LEASE_S / 3, damage)
+        self.consumer = Consumer(
+            self.ours, 0, chunk_bytes, window, STALL_S, LEASE_S / 3, is_checksummed, damage
+        )
         self.to_producer: deque[bytes] = deque()
         self.to_consumer: deque[Frame] = deque()
         self.num_reads = 0

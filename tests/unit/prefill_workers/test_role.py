@@ -5,7 +5,7 @@ import pytest
 from cluster.engine import EngineOutput, EngineRequest
 from cluster.messages import Decode, Failed, Offer, Prefill, Prefilled, PrefillStats, Rejected
 from cluster.names import FinishReason, HandoffId, RequestId, WorkerId
-from cluster.worker import Ending, Report
+from cluster.roles import Ending, Report
 from prefill_workers.role import _CANCELLED_KEPT, PrefillRole
 
 R, H = RequestId("r"), HandoffId("h")
