@@ -20,6 +20,7 @@ def disaggregated() -> Iterator[Served]:
         model__dtype="float32",
         model__chunk_tokens=CHUNK_TOKENS,
         model__kv_cache_gib=0.5,
+        model__frontend_args={"enable_auto_tool_choice": True, "tool_call_parser": "hermes"},
         router__recovery="none",
     ) as served:
         yield served
@@ -34,5 +35,7 @@ def monolithic() -> Iterator[Served]:
         block_size=BLOCK_SIZE,
         max_num_seqs=64,
         kv_cache_memory_bytes=512 << 20,
+        enable_auto_tool_choice=True,
+        tool_call_parser="hermes",
     ) as served:
         yield served

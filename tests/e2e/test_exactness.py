@@ -1,6 +1,5 @@
 """Promise 1: what the disaggregated path answers is what monolithic vLLM answers."""
 
-import json
 import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -148,8 +147,6 @@ def test_a_named_tool_is_called_the_same(disaggregated: Served, monolithic: Serv
     (ours,), (theirs,) = got["message"]["tool_calls"], wanted["message"]["tool_calls"]
     assert ours["function"] == theirs["function"]
     assert ours["function"]["name"] == "remember"
-    if got["finish_reason"] != "length":
-        assert set(json.loads(ours["function"]["arguments"])) == {"name", "age"}
 
 
 def test_a_seeded_prompt_over_several_chunks_is_sampled_the_same(

@@ -95,13 +95,20 @@ class Launcher:
 
 @contextmanager
 def serving(launcher: Launcher) -> Iterator["Footprint"]:
-    """Run `tandem serve` until it serves; whatever happens, leave nothing of it behind."""
-    launcher.start()
-    try:
+    """Run `tandem serve`, and yield what it occupies once it serves."""
+    with started(launcher):
         launcher.wait_until("serving after")
         yield Footprint.of(launcher)
+
+
+@contextmanager
+def started(launcher: Launcher) -> Iterator[subprocess.Popen[bytes]]:
+    """Run `tandem serve`; whatever happens, leave nothing of it behind."""
+    launcher.start()
+    assert launcher.process is not None
+    try:
+        yield launcher.process
     finally:
-        assert launcher.process is not None
         launcher.process.kill()
         launcher.process.wait()
         launcher.run("down")

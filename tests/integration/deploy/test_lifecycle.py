@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from deploy.state import DeploymentState
-from tests.integration.deploy.launcher import STOP_S, Launcher, serving, wait_until
+from tests.integration.deploy.launcher import START_S, STOP_S, Launcher, serving, started
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -89,34 +89,23 @@ def test_down_stops_a_running_deployment() -> None:
 @pytest.mark.parametrize("said", ["Ray is up", "starts, engine pinned"])
 def test_an_interrupted_start_leaves_nothing(said: str) -> None:
     launcher = Launcher(name("early"))
-    launcher.start()
-    try:
+    with started(launcher):
         launcher.wait_until(said)
         state = DeploymentState.read(launcher.name)
         assert state is not None and state.temp_dir is not None
         assert launcher.signal(signal.SIGINT) == 0, launcher.log
         assert not Path(state.temp_dir).exists()
         assert DeploymentState.read(launcher.name) is None
-    finally:
-        launcher.run("down")
-        launcher.forget()
 
 
 def test_a_start_that_cannot_succeed_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     launcher = Launcher(name("broken"), flags=("--model", str(tmp_path)))
-    launcher.start()
-    assert launcher.process is not None
-    try:
-        wait_until(lambda: launcher.process and launcher.process.poll() is not None, 120, "it ends")
-        log = launcher.read()
-        assert launcher.process.returncode == 1, log
-        error = log.splitlines()[-1]
+    with started(launcher) as process:
+        assert process.wait(START_S) == 1, launcher.read()
+        error = launcher.read().splitlines()[-1]
         assert error.startswith("tandem: error: ") and "vocab_size" in error
         assert DeploymentState.read(launcher.name) is None
-    finally:
-        launcher.run("down")
-        launcher.forget()
 
 
 def test_a_port_that_is_only_bound_is_taken_too() -> None:
