@@ -16,6 +16,7 @@ from typing import Any
 import zmq
 import zmq.asyncio
 from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.platforms import current_platform
 from vllm.sampling_params import SamplingParams
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest
@@ -122,7 +123,7 @@ class VllmEngine:
             "block_size": model.block_size,
             "max_num_batched_tokens": model.chunk_tokens,
             "max_num_seqs": model.max_num_seqs,
-            "kv_cache_memory_bytes": model.kv_cache_bytes,
+            "kv_cache_memory_bytes": model.kv_cache_bytes or _default_cache_bytes(),
             "seed": model.seed,
             "enable_chunked_prefill": True,
             # With a placement group and TP > 1 vLLM would silently choose its Ray executor.
@@ -280,6 +281,11 @@ class VllmEngine:
     def _core(self) -> AsyncMPClient:
         assert self._client is not None, "start() first"
         return self._client
+
+
+def _default_cache_bytes() -> int | None:
+    """Return 1 GiB on a CPU: left alone, each engine there claims most of the host's memory."""
+    return 2**30 if current_platform.is_cpu() else None
 
 
 def _stats(stats: VllmPrefillStats | None) -> PrefillStats | None:
