@@ -1,11 +1,14 @@
 """Whether the endpoint's port can be had, and who has it if not."""
 
 import errno
+import random
 import socket
 
 import psutil
 
 from cluster.errors import TandemError
+
+_RANGES_FROM, _RANGES_TO = 12_000, 32_000
 
 
 class PortTaken(TandemError):
@@ -34,6 +37,25 @@ def free_port() -> int:
         probe.bind(("", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def free_range(size: int) -> range:
+    """Return `size` ports in a row that nothing listens on, away from those of other users."""
+    while True:
+        # Below what Linux gives to outgoing connections, so that none takes one meanwhile.
+        first = random.SystemRandom().randrange(_RANGES_FROM, _RANGES_TO - size, size)
+        ports = range(first, first + size)
+        if all(_is_free(port) for port in ports):
+            return ports
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return False
+        return True
 
 
 def _owner(port: int) -> str:

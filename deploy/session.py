@@ -12,11 +12,13 @@ from pathlib import Path
 
 from cluster.config import TandemConfig
 from deploy import haproxy
-from deploy.ports import free_port
+from deploy.ports import free_port, free_range
 from deploy.processes import child_environment
 
 # A proxy process that was replaced may finish its streams for this long.
 _PROXY_HARD_STOP_S = 5
+# More router replicas than a machine runs, those being replaced included.
+_REPLICA_PORTS = 64
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
@@ -77,8 +79,18 @@ def ray_token(temp_dir: Path) -> dict[str, str]:
 
 def _free_ports() -> dict[str, str]:
     """Return ports for what otherwise has a fixed one per machine; another Ray may have it."""
-    names = ("DASHBOARD_METRIC_PORT", "AUTOSCALER_METRIC_PORT")
-    return {name: str(free_port()) for name in names}
+    names = (
+        "DASHBOARD_METRIC_PORT",
+        "AUTOSCALER_METRIC_PORT",
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+    )
+    # Replicas of two deployments would otherwise listen on the same port, which they share
+    # silently (SO_REUSEPORT): each would get the other's requests.
+    replicas = free_range(_REPLICA_PORTS)
+    return {name: str(free_port()) for name in names} | {
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas.start),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas.stop - 1),
+    }
 
 
 def _haproxy_environment(folder: Path) -> dict[str, str]:

@@ -15,6 +15,8 @@ def catch() -> None:
     its handler prints a stack and lets the process die with everything still running."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        # Once: a second one would break up what unwinds from the first.
+        ignore()
         raise Interrupted
 
     for number in _NUMBERS:
