@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,8 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.run(config, parsed))
     except TandemError as error:
-        print(f"tandem: error: {error}", file=sys.stderr)
-        return 1
+        return _report(error)
 
 
 def build_parser() -> OneLineParser:
@@ -111,16 +112,26 @@ def _with_deployment(
     from deploy.app import Deployment
 
     deployment = Deployment(config, session, _say, parsed.verbose)
+    status, failure = 0, None
     try:
         deployment.start()
-        return use(deployment)
+        status = use(deployment)
     except (signals.Interrupted, KeyboardInterrupt):
-        return 0
-    finally:
-        signals.ignore()
-        _say("stopping")
-        deployment.stop()
-        _say("stopped")
+        pass
+    except TandemError as error:
+        failure = error
+    except Exception:
+        # A bug of ours or of Ray's: it is shown, and everything is stopped all the same.
+        traceback.print_exc()
+        status = 1
+    signals.ignore()
+    _say("stopping")
+    is_clean = deployment.stop()
+    _say("stopped")
+    status = _report(failure) if failure is not None else status
+    if not is_clean:
+        os._exit(status)
+    return status
 
 
 def _stay_up(deployment: Any) -> int:
@@ -128,6 +139,11 @@ def _stay_up(deployment: Any) -> int:
     print(f"\n{deployment.example()}\n", flush=True)
     deployment.watch(threading.Event())
     return 0
+
+
+def _report(error: TandemError) -> int:
+    print(f"tandem: error: {error}", file=sys.stderr, flush=True)
+    return 1
 
 
 def _say(line: str) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 
 from cluster.config import TandemConfig
+from cluster.errors import Unavailable
 from cluster.ray_plane import NAMESPACE
 from deploy import haproxy
 from deploy.session import Session
@@ -30,19 +31,25 @@ def start_local_ray(config: TandemConfig, session: Session, temp_dir: Path, verb
     """
     temp_dir.mkdir(mode=0o700)
     (temp_dir / "token").write_text(secrets.token_hex(32))
+    # Ray opens the folder it is given to all users: it gets one inside ours.
+    ray_dir = temp_dir / "r"
     if session.uses_haproxy:
         (temp_dir / "haproxy").mkdir(mode=0o700)
         haproxy.write_launcher(temp_dir / "haproxy" / "launch")
-    context: Any = ray.init(
-        address="local",
-        namespace=NAMESPACE,
-        num_cpus=_num_cpus(config),
-        include_dashboard=False,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        log_to_driver=verbose,
-        logging_level=logging.INFO if verbose else logging.ERROR,
-        _temp_dir=str(temp_dir),
-    )
+    try:
+        context: Any = ray.init(
+            address="local",
+            namespace=NAMESPACE,
+            num_cpus=_num_cpus(config),
+            include_dashboard=False,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            _temp_dir=str(ray_dir),
+        )
+    except Exception as error:
+        # Ray raises bare `Exception`s, for example where the machine is too busy.
+        raise Unavailable(f"Ray did not start: {error}") from error
     return str(context.address_info["address"])
 
 

@@ -120,6 +120,7 @@ class Footprint:
     """What a running deployment occupies: processes, ports, shared memory, files."""
 
     mark: str
+    pids: frozenset[int]
     ports: frozenset[int]
     shared_memory: frozenset[str]
     temp_dir: str | None
@@ -131,7 +132,7 @@ class Footprint:
         pids = [p.pid for p in find_marked(state.mark)] + [launcher.process.pid]
         ports = {port for pid in pids for port in _ports(pid)}
         memory = {path for pid in pids for path in _shared_memory(pid)}
-        return cls(state.mark, frozenset(ports), frozenset(memory), state.temp_dir)
+        return cls(state.mark, frozenset(pids), frozenset(ports), frozenset(memory), state.temp_dir)
 
     def leftovers(self) -> list[str]:
         """Return what is still there, as text."""
@@ -139,8 +140,11 @@ class Footprint:
         left += [path for path in self.shared_memory if Path(path).exists()]
         if self.temp_dir is not None and Path(self.temp_dir).exists():
             left.append(self.temp_dir)
-        listening = _listening(psutil.net_connections("tcp"))
-        return left + [f"port {port}" for port in self.ports & listening]
+        # Another process may have been given one of the ports since; a listener whose process
+        # we may not see counts as ours.
+        ours = {*self.pids, None}
+        held = [c for c in psutil.net_connections("tcp") if c.pid in ours]
+        return left + [f"port {port}" for port in self.ports & _listening(held)]
 
 
 def _listening(connections: Iterable[Any]) -> set[int]:
