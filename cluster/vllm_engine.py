@@ -123,15 +123,17 @@ class VllmEngine:
             "block_size": model.block_size,
             "max_num_batched_tokens": model.chunk_tokens,
             "max_num_seqs": model.max_num_seqs,
-            "kv_cache_memory_bytes": model.kv_cache_bytes or _default_cache_bytes(),
             "seed": model.seed,
             "enable_chunked_prefill": True,
             # With a placement group and TP > 1 vLLM would silently choose its Ray executor.
             "distributed_executor_backend": "mp",
             "disable_log_stats": True,
+            **_cpu_defaults(),
             **model.engine_args,
             "kv_transfer_config": self._connector_config(),
         }
+        if model.kv_cache_bytes is not None:
+            settings["kv_cache_memory_bytes"] = model.kv_cache_bytes
         return AsyncEngineArgs(
             **{key: value for key, value in settings.items() if value is not None}
         )
@@ -283,9 +285,15 @@ class VllmEngine:
         return self._client
 
 
-def _default_cache_bytes() -> int | None:
-    """Return 1 GiB on a CPU: left alone, each engine there claims most of the host's memory."""
-    return 2**30 if current_platform.is_cpu() else None
+def _cpu_defaults() -> dict[str, Any]:
+    """Return what vLLM's own defaults get wrong for engines that share a CPU host.
+
+    Left alone, each engine claims most of the host's memory, and compiles C++ for longer than
+    everything else in its start takes together.
+    """
+    if not current_platform.is_cpu():
+        return {}
+    return {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
 
 
 def _stats(stats: VllmPrefillStats | None) -> PrefillStats | None:

@@ -124,8 +124,8 @@ def report(
     header = ["prompt tokens", "TTFT ms, 1P1D", "vLLM", "ratio", "ITL ms, 1P1D", "vLLM", "ratio"]
     body = table(header, rows) + (
         f"\n\nMedian of {NUM_ROUNDS} interleaved rounds,"
-        f" concurrency 1, {NUM_NEW_TOKENS} new tokens, {DTYPE}, chunk {CHUNK_TOKENS}, no prefix"
-        f" hits. Pinning: {pinned}, the monolithic engine on core 0; router, proxies and client"
+        f" concurrency 1, {NUM_NEW_TOKENS} new tokens, {DTYPE}, chunk {CHUNK_TOKENS}, eager, no"
+        f" prefix hits. Pinning: {pinned}, the monolithic engine on core 0; router, proxies and client"
         " float.\n\n"
         f"Idle PSS of the process tree: 1P1D deployment {memory['tandem'] / 2**30:.2f} GiB"
         f" (two engines, Ray, router, proxy), vLLM {memory['vllm'] / 2**30:.2f} GiB (one engine)."
@@ -158,6 +158,7 @@ def main() -> int:
             max_model_len=MAX_MODEL_LEN,
             max_num_batched_tokens=CHUNK_TOKENS,
             max_num_seqs=64,
+            enforce_eager=True,
             kv_cache_memory_bytes=int(KV_CACHE_GIB * 2**30),
         ) as theirs,
     ):

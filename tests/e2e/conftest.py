@@ -34,6 +34,7 @@ def monolithic() -> Iterator[Served]:
         max_model_len=MAX_MODEL_LEN,
         block_size=BLOCK_SIZE,
         max_num_seqs=64,
+        enforce_eager=True,
         kv_cache_memory_bytes=512 << 20,
         enable_auto_tool_choice=True,
         tool_call_parser="hermes",
