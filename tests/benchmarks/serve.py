@@ -125,8 +125,8 @@ def report(
     body = table(header, rows) + (
         f"\n\nMedian of {NUM_ROUNDS} interleaved rounds,"
         f" concurrency 1, {NUM_NEW_TOKENS} new tokens, {DTYPE}, chunk {CHUNK_TOKENS}, eager, no"
-        f" prefix hits. Pinning: {pinned}, the monolithic engine on core 0; router, proxies and client"
-        " float.\n\n"
+        f" prefix hits. Pinning: {pinned}, the monolithic engine on core 0; router, proxies and"
+        " client float.\n\n"
         f"Idle PSS of the process tree: 1P1D deployment {memory['tandem'] / 2**30:.2f} GiB"
         f" (two engines, Ray, router, proxy), vLLM {memory['vllm'] / 2**30:.2f} GiB (one engine)."
         f"\n\nLimits: TTFT ratio at 1,500 tokens at most {TTFT_LIMIT}, ITL ratio at most"
