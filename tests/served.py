@@ -129,8 +129,10 @@ def tandem_command(name: str, port: int, flags: Mapping[str, Any], verb: str) ->
     """Return the command line of `tandem VERB` with `flags` by configuration path."""
     command = [sys.executable, "-m", "deploy.cli", verb, "--name", name, "--port", str(port)]
     for path, value in flags.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        command += [f"--{path}", text]
+        if isinstance(value, bool):
+            command.append(f"--{path}" if value else f"--no-{path}")
+        else:
+            command += [f"--{path}", value if isinstance(value, str) else json.dumps(value)]
     return command
 
 
