@@ -66,6 +66,8 @@ _RAY = {
     "RAY_process_group_cleanup_enabled": "1",
     # Spare processes would not fit: ours all have an environment of their own.
     "RAY_prestart_worker_first_driver": "0",
+    # Ray runs its workers at nice 15; here they are the service, not a batch job beside one.
+    "RAY_worker_niceness": "0",
     # Ray Serve keeps proxies and replicas up this long for load balancers to notice.
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
