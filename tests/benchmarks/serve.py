@@ -123,7 +123,7 @@ def report(
         )
     header = ["prompt tokens", "TTFT ms, 1P1D", "vLLM", "ratio", "ITL ms, 1P1D", "vLLM", "ratio"]
     body = table(header, rows) + (
-        f"\n\nMedian of {NUM_ROUNDS} interleaved rounds,"
+        f"\n\nMedian of {len(timings['vllm', PROMPT_LENGTHS[0]])} interleaved rounds,"
         f" concurrency 1, {NUM_NEW_TOKENS} new tokens, {DTYPE}, chunk {CHUNK_TOKENS}, eager, no"
         f" prefix hits. Pinning: {pinned}, the monolithic engine on core 0; router, proxies and"
         " client float.\n\n"
