@@ -23,9 +23,4 @@ ITL_SECONDS = Histogram("tandem_itl_seconds", "Time between tokens", buckets=_SE
 TRANSFER_SECONDS = Histogram("tandem_transfer_seconds", "Pull of a KV cache", buckets=_SECONDS)
 OPEN_RESERVATIONS = Gauge("tandem_open_reservations", "Reservations held by this router")
 PINNED_BLOCKS = Gauge("tandem_pinned_blocks", "KV blocks held for hand-offs", ["worker"])
-WORKER_EVENTS = Gauge(
-    "tandem_worker_events",
-    "Hand-offs ended, reads refused and chunks rejected by a worker since it started, by kind",
-    ["worker", "kind"],
-)
 FREE_BLOCKS = Gauge("tandem_free_blocks", "KV blocks free in the engine's pool", ["worker"])

@@ -28,16 +28,8 @@ class ConnectorSettings:
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> "ConnectorSettings":
-        """Return the settings `as_extra_config` wrote; raise on missing or unknown keys."""
+        """Return what `cluster.vllm_engine` wrote; raise on missing or unknown keys."""
         return cls(**{**extra, "handoff": HandoffSection.model_validate(extra["handoff"])})
-
-    def as_extra_config(self) -> dict[str, Any]:
-        return {
-            "worker_id": self.worker_id,
-            "epoch": self.epoch,
-            "control_endpoint": self.control_endpoint,
-            "handoff": self.handoff.model_dump(),
-        }
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
+from typing import Any, cast
 
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 from starlette.applications import Starlette
@@ -12,6 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.config import RouterSection
+from cluster.metrics import FREE_BLOCKS, PINNED_BLOCKS
 from router.dispatch import ModelDispatch
 from router.exchange import AsgiApp, ExchangeLayer, Placed, Receive, Scope, Send
 from router.http_errors import HttpFailure
@@ -99,9 +101,13 @@ def operator_app(operations: Operations) -> Starlette:
     async def pinned(_request: Request) -> Response:
         return JSONResponse(operations.pinned())
 
+    async def metrics(_request: Request) -> Response:
+        show_blocks(operations.pinned())
+        return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+
     routes = {
         "/health": health,
-        "/metrics": _metrics,
+        "/metrics": metrics,
         "/admin/requests": recent,
         "/admin/requests/{exchange_id}": record,
         "/debug/pinned": pinned,
@@ -112,8 +118,15 @@ def operator_app(operations: Operations) -> Starlette:
     )
 
 
-async def _metrics(_request: Request) -> Response:
-    return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+def show_blocks(pinned: Document) -> None:
+    """Set the block gauges from what the workers last reported; those gone are forgotten."""
+    gauges = {"held_blocks": PINNED_BLOCKS, "free_blocks": FREE_BLOCKS}
+    workers = cast(Sequence[Mapping[str, Any]], pinned.get("workers", ()))
+    for key, gauge in gauges.items():
+        gauge.clear()
+        for worker in workers:
+            if worker[key] is not None:
+                gauge.labels(worker["worker_id"]).set(worker[key])
 
 
 async def _not_served(request: Request, error: Exception) -> Response:

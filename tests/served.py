@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,18 +17,12 @@ import httpx
 import psutil
 
 from cluster.config import BUNDLED_MODEL
+from deploy.ports import free_port
 
 START_TIMEOUT_S = 240.0
 STOP_TIMEOUT_S = 30.0
 
 Value = TypeVar("Value")
-
-
-def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_until(read: Callable[[], Value | None], timeout_s: float, what: str) -> Value:

@@ -15,9 +15,9 @@ from typing import Any
 import httpx
 import psutil
 
+from deploy.ports import free_port
 from deploy.processes import find_marked
 from deploy.state import DeploymentState
-from tests.served import free_port
 
 START_S = 150.0
 STOP_S = 15.0

@@ -4,12 +4,13 @@ import json
 
 import httpx
 import pytest
+from prometheus_client import REGISTRY
 
 from cluster import metrics
 from cluster.config import RouterSection
 from router.dispatch import ModelDispatch
 from router.exchange import AsgiApp, Receive, Scope, Send
-from router.surface import Operations, build_surface
+from router.surface import Operations, build_surface, show_blocks
 
 RECORDS: dict[str, dict[str, object]] = {name: {"id": name} for name in ("first", "second")}
 OPERATIONS = Operations(
@@ -129,3 +130,14 @@ async def test_models_of_all_front_ends_are_listed() -> None:
 def test_no_model_is_no_endpoint() -> None:
     with pytest.raises(ValueError, match="at least one model"):
         ModelDispatch({})
+
+
+def test_the_block_gauges_follow_the_workers_that_are_there() -> None:
+    first = {"worker_id": "a", "held_blocks": 3, "free_blocks": 7}
+    show_blocks(
+        {"workers": [first, {"worker_id": "new", "held_blocks": None, "free_blocks": None}]}
+    )
+    assert REGISTRY.get_sample_value("tandem_pinned_blocks", {"worker": "a"}) == 3
+    assert REGISTRY.get_sample_value("tandem_free_blocks", {"worker": "a"}) == 7
+    show_blocks({"workers": []})
+    assert REGISTRY.get_sample_value("tandem_pinned_blocks", {"worker": "a"}) is None
