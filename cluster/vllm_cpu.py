@@ -1,12 +1,19 @@
-"""Two cures for vLLM 0.32's CPU engine, applied in each of its worker processes.
+"""Three cures for vLLM 0.32's CPU engine, applied in its processes; none on a GPU worker.
 
-Both are about work that only CUDA was built for; neither does anything on a GPU worker.
+Two are about work that only CUDA was built for, one about cores that engines share.
 """
 
+import time
 from typing import Any
 
 import numpy as np
 import torch
+
+# Within this time of the last message the next one is nearly always on its way.
+_SPIN_S = 0.001
+# An idle reader looks for itself this often at first, and ever more rarely.
+_FIRST_POLL_MS = 1
+_POLL_SHARE_OF_IDLE = 0.05
 
 
 class RewindableGenerator(torch.Generator):  # type: ignore[misc]  # torch is untyped here
@@ -49,6 +56,26 @@ def make_seeded_prompts_chunkable() -> None:
         return sample(runner, *args, **kwargs)
 
     CPUModelRunner._sample = sample_rewindably  # type: ignore[method-assign, assignment]
+
+
+def sleep_when_idle() -> None:
+    """Let this process sleep as soon as the other side of its message queue has nothing to say.
+
+    vLLM's readers spin for a second after each message (`shm_broadcast.py`, `SpinCondition`):
+    right where a GPU computes, but here the idle engine of one role takes the core from
+    everything else on it. A sleeping reader can miss the writer's notice, so it also looks for
+    itself, and waits at most a twentieth longer than it has been idle.
+    """
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    def wait(condition: Any, timeout_ms: int | None = None) -> None:
+        condition.busy_loop_s = _SPIN_S
+        idle_ms = 1e3 * (time.monotonic() - condition.last_read)
+        limit_ms = int(max(_FIRST_POLL_MS, idle_ms * _POLL_SHARE_OF_IDLE))
+        spin_or_sleep(condition, limit_ms if timeout_ms is None else min(limit_ms, timeout_ms))
+
+    spin_or_sleep = SpinCondition.wait
+    SpinCondition.wait = wait  # type: ignore[method-assign, assignment]
 
 
 def _prepare_rewind(runner: Any) -> None:

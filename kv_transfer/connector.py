@@ -17,6 +17,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     SupportsHMA,
 )
 
+from cluster.vllm_cpu import sleep_when_idle
 from kv_transfer.connector_scheduler import SchedulerHalf
 from kv_transfer.connector_settings import ConnectorSettings
 from kv_transfer.connector_worker import WorkerHalf
@@ -41,6 +42,8 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         settings = ConnectorSettings.from_extra_config(
             self._kv_transfer_config.kv_connector_extra_config
         )
+        if vllm_config.device_config.device_type == "cpu":
+            sleep_when_idle()
         if role is KVConnectorRole.SCHEDULER:
             self._scheduler = SchedulerHalf(settings, kv_cache_config)
         else:
