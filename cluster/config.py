@@ -9,23 +9,28 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
+from cluster.autoscaler_config import AutoscalerSection
 from cluster.errors import ConfigError
+from cluster.section import Count, Seconds, Section
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "models" / "tandem-tiny"
 
-Count = Annotated[int, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0)]
+
+def _names(value: object) -> object:
+    """Split "A,B", as a command line writes a list, and refuse a name given twice."""
+    names = [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    if isinstance(names, list | tuple) and (len({*map(str, names)}) < len(names) or "" in names):
+        raise ValueError("names must be different and not empty")
+    return names
 
 
-class Section(BaseModel):
-    """Base of every section: frozen, and strict about what it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 
 
 class ModelSection(Section):
@@ -68,6 +73,33 @@ class PoolSection(Section):
     workers: Count = Field(1, description="workers in this pool")
     cpus_per_worker: Count = Field(1, description="cores pinned to each worker's engine")
     gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs per worker")
+    gpu_types: Names = Field((), description="GPU types, preferred first (A,B); none: any")
+    tensor_parallel_size: Count = Field(1, description="vLLM processes one worker is split over")
+    engine_args: dict[str, Any] = Field(
+        default_factory=dict, description="laid over `model.engine_args` in this pool"
+    )
+
+    @model_validator(mode="after")
+    def _gpu_types_need_gpus(self) -> Self:
+        if self.gpu_types and not self.gpus_per_worker:
+            raise ValueError("gpu_types are named but gpus_per_worker is 0: set it or drop them")
+        return self
+
+    def has_same_engine(self, other: "PoolSection") -> bool:
+        """Return whether a worker of this pool could serve in the other one as it is."""
+        return self.model_copy(update={"workers": other.workers}) == other
+
+
+class PlacementSection(Section):
+    """Where workers go, and who yields when there is not room for all."""
+
+    affinity: Literal["s1", "s2", "cluster"] = Field(
+        "s2", description="workers that hand over to each other stay under one such switch"
+    )
+    priority: int = Field(0, description="deployments with more go first and may shrink others")
+    min_units: Annotated[int, Field(ge=0)] = Field(
+        1, description="units of the P:D ratio that others cannot take away"
+    )
 
 
 class HandoffSection(Section):
@@ -127,6 +159,9 @@ class ClusterSection(Section):
     warmup: bool = Field(True, description="new workers must pass a warm-up hand-off")
     start_timeout_s: Seconds = Field(300.0, description="workers must be ready within this")
     drain_s: Seconds = Field(5.0, description="running requests may take this long to end at stop")
+    standby: Annotated[int, Field(ge=0)] = Field(
+        0, description="workers kept loaded beside the pools, to serve within a second"
+    )
 
 
 class TandemConfig(Section):
@@ -139,6 +174,22 @@ class TandemConfig(Section):
     router: RouterSection = RouterSection()
     handoff: HandoffSection = HandoffSection()
     simulated: SimulatedSection = SimulatedSection()
+    placement: PlacementSection = PlacementSection()
+    autoscaler: AutoscalerSection = AutoscalerSection()
+
+    @model_validator(mode="after")
+    def _budget_holds_the_pools(self) -> Self:
+        section = self.autoscaler
+        needed = {"min_prefill and min_decode": (section.min_prefill, section.min_decode)}
+        needed |= {f"calendar window {w}": (w.prefill, w.decode) for w in section.calendar}
+        for name, (prefill, decode) in needed.items():
+            gpus = prefill * self.prefill.gpus_per_worker + decode * self.decode.gpus_per_worker
+            if section.gpu_budget is not None and gpus > section.gpu_budget:
+                raise ValueError(
+                    f"autoscaler.gpu_budget ({section.gpu_budget:g}) is below the {gpus:g} GPUs of"
+                    f" {name}: raise it or lower them"
+                )
+        return self
 
 
 def section_of(annotation: Any) -> type[Section] | None:
@@ -173,12 +224,16 @@ def parse_config(document: Any) -> TandemConfig:
     try:
         return TandemConfig.model_validate(document or {})
     except ValidationError as error:
-        faults = (
-            f"{'.'.join(str(part) for part in fault['loc'])}: {fault['msg']}"
-            f" (got {fault['input']!r})"
-            for fault in error.errors()
-        )
-        raise ConfigError("; ".join(faults)) from None
+        raise ConfigError("; ".join(map(_fault_line, error.errors()))) from None
+
+
+def _fault_line(fault: ErrorDetails) -> str:
+    path = ".".join(str(part) for part in fault["loc"])
+    says = fault["msg"].removeprefix("Value error, ")
+    # A fault of a section as a whole says itself which of its settings do not fit together.
+    is_whole = fault["type"] == "value_error" and isinstance(fault["input"], Mapping)
+    got = "" if is_whole else f" (got {fault['input']!r})"
+    return f"{path}: {says}{got}" if path else f"{says}{got}"
 
 
 def load_config(path: Path) -> TandemConfig:

@@ -37,5 +37,13 @@ class DeadlineExceeded(TandemError):
     """The request ran past its deadline and was ended on both sides."""
 
 
+class Fenced(TandemError):
+    """A later controller has taken over: this one must not act any more."""
+
+
 class RequestInvalid(TandemError):
     """The client's request cannot be served as written."""
+
+
+class StartFailed(TandemError):
+    """A worker's process or engine did not start; the message is what it said."""

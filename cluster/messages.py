@@ -76,6 +76,17 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class ChangeRole:
+    """Controller to worker: take nothing more in another role, serve in `role` once idle.
+
+    A worker ignores a controller whose epoch is below the highest it has heard of.
+    """
+
+    role: Role
+    controller_epoch: int
+
+
+@dataclass(frozen=True, slots=True)
 class Rejected:
     """Worker to router: not taken; decide again. Never an error of the client's."""
 
@@ -144,7 +155,11 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSnapshot:
-    """Worker to router, in answer to each heartbeat: the worker's own view of its load."""
+    """Worker to router, in answer to each heartbeat: the worker's own view of its load.
+
+    `generated_tokens` (decode role), `computed_prompt_tokens` (prefill role, cached ones left
+    out) and `busy_s` (seconds with a request open) only grow within one epoch.
+    """
 
     worker_id: WorkerId
     role: Role
@@ -156,6 +171,9 @@ class WorkerSnapshot:
     num_held_blocks: int
     num_held_handoffs: int
     num_requests: int
+    generated_tokens: int
+    computed_prompt_tokens: int
+    busy_s: float
     counts: Mapping[str, object]
 
 
@@ -171,8 +189,9 @@ CODEC = Codec(
         7: Tokens,
         8: Failed,
         9: WorkerSnapshot,
+        10: ChangeRole,
     },
 )
 
-RouterMessage = Heartbeat | Prefill | Decode | Cancel
+RouterMessage = Heartbeat | Prefill | Decode | Cancel | ChangeRole
 WorkerMessage = Rejected | Prefilled | Tokens | Failed | WorkerSnapshot

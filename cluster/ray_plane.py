@@ -1,6 +1,8 @@
 """The lifecycle plane: how the controller reaches workers, and others the controller, by Ray.
 
-Actors are detached: they outlive whoever asked for them and end with the deployment.
+Actors and placement groups are detached: they outlive whoever asked for them, the controller
+included, and end with the deployment. Ray restarts a controller that dies; it goes on from what
+is in Ray's own store once somebody asks it for something, which routers do every second.
 """
 
 import asyncio
@@ -8,15 +10,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
+from ray.experimental import internal_kv
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.config import PoolSection, TandemConfig
+from cluster.config import TandemConfig
 from cluster.controller import Controller
+from cluster.controller_store import ControllerStore
+from cluster.load import RouterLoad
 from cluster.names import Role, WorkerId
+from cluster.placer import SharedPlacer, bundle_of
+from cluster.service import Counts, pool_need, service_of
 from cluster.snapshot import WorkerEntry
+from cluster.topology import Node, nodes_from_ray
 from cluster.worker_actor import WorkerActor
 from cluster.worker_spec import Parts, Seat, WorkerSpec
 
 NAMESPACE = "tandem"
+FOLLOW_S = 0.5
+NODE_ID_LABEL = "ray.io/node-id"
 
 
 # What it returns has methods that no type checker knows.
@@ -27,11 +40,76 @@ def controller_name(deployment: str) -> str:
     return f"{deployment}-controller"
 
 
-class RayWorker:
-    """A worker's process as a detached actor; fills `controller.WorkerHandle`."""
+class RayStore:
+    """Ray's internal key-value store (GCS), which Ray Serve keeps its own state in too."""
 
-    def __init__(self, name: str, pool: PoolSection, env: Mapping[str, str]) -> None:
-        self._actor: Any = (
+    def get(self, key: str) -> bytes | None:
+        value: bytes | None = internal_kv._internal_kv_get(key, namespace=NAMESPACE)
+        return value
+
+    def put(self, key: str, value: bytes) -> None:
+        internal_kv._internal_kv_put(key, value, overwrite=True, namespace=NAMESPACE)
+
+    def put_new(self, key: str, value: bytes) -> bool:
+        was_there = internal_kv._internal_kv_put(key, value, overwrite=False, namespace=NAMESPACE)
+        return not was_there
+
+    def delete(self, key: str) -> None:
+        internal_kv._internal_kv_del(key, namespace=NAMESPACE)
+
+    def keys(self, prefix: str) -> list[str]:
+        return [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=NAMESPACE)]
+
+
+class RayWorker:
+    """A worker's process as a detached actor in a placement group of its own; fills
+    `members.WorkerHandle`."""
+
+    def __init__(self, actor: Any, group: PlacementGroup | None) -> None:
+        self._actor = actor
+        self._group = group
+
+    async def seat(self) -> Seat:
+        seat: Seat = await self._actor.seat.remote()
+        return seat
+
+    async def adopt(self, controller_epoch: int) -> WorkerEntry | None:
+        entry: WorkerEntry | None = await self._actor.adopt.remote(controller_epoch)
+        return entry
+
+    async def start(self, spec: WorkerSpec, controller_epoch: int) -> WorkerEntry:
+        entry: WorkerEntry = await self._actor.start.remote(spec, controller_epoch)
+        return entry
+
+    async def wait(self) -> None:
+        await self._actor.wait.remote()
+
+    async def stop(self, controller_epoch: int) -> None:
+        await self._actor.stop.remote(controller_epoch)
+
+    def kill(self) -> None:
+        ray.kill(self._actor, no_restart=True)
+        if self._group is not None:
+            remove_placement_group(self._group)
+
+
+class RayLauncher:
+    """Launches worker actors, each in a placement group of one bundle, and finds them again."""
+
+    def __init__(self, config: TandemConfig, env: Mapping[str, str]) -> None:
+        self._config = config
+        self._env = dict(env)
+
+    def launch(self, worker_id: WorkerId, role: Role, node_id: str | None) -> RayWorker:
+        pool = self._config.prefill if role is Role.PREFILL else self._config.decode
+        name = self._name(worker_id)
+        group = placement_group(
+            [bundle_of(pool_need(pool))],
+            name=name,
+            lifetime="detached",
+            bundle_label_selector=[{NODE_ID_LABEL: node_id} if node_id else {}],
+        )
+        actor = (
             _remote(WorkerActor)
             .options(
                 name=name,
@@ -39,56 +117,94 @@ class RayWorker:
                 lifetime="detached",
                 num_cpus=pool.cpus_per_worker,
                 num_gpus=pool.gpus_per_worker,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(group),
                 max_restarts=0,
-                runtime_env={"env_vars": dict(env)},
+                runtime_env={"env_vars": self._env},
             )
             .remote()
         )
+        return RayWorker(actor, group)
 
-    async def seat(self) -> Seat:
-        seat: Seat = await self._actor.seat.remote()
-        return seat
+    def attach(self, worker_id: WorkerId) -> RayWorker | None:
+        name = self._name(worker_id)
+        try:
+            actor = ray.get_actor(name, namespace=NAMESPACE)
+        except ValueError:
+            return None
+        return RayWorker(actor, ray.util.get_placement_group(name))
 
-    async def start(self, spec: WorkerSpec) -> WorkerEntry:
-        entry: WorkerEntry = await self._actor.start.remote(spec)
-        return entry
+    def _name(self, worker_id: WorkerId) -> str:
+        return f"{self._config.cluster.name}-{worker_id}"
 
-    async def wait(self) -> None:
-        await self._actor.wait.remote()
 
-    async def stop(self) -> None:
-        await self._actor.stop.remote()
+def _ray_nodes() -> tuple[Node, ...]:
+    return nodes_from_ray(ray.nodes(), ray._private.state.available_resources_per_node())
 
-    def kill(self) -> None:
-        ray.kill(self._actor, no_restart=True)
+
+def _ask_for(bundles: list[dict[str, float]]) -> None:
+    """Have Ray's autoscaler, where there is one, add nodes until all of this fits."""
+    request_resources(bundles=bundles)
 
 
 class ControllerActor:
-    """Adapts `Controller` to Ray: documents out, and the loop as a task."""
+    """Adapts `Controller` to Ray: documents in and out, and the loop as a task.
+
+    After a restart by Ray nobody calls `run`, so every question starts the loop.
+    """
 
     def __init__(
         self, config: TandemConfig, parts: Parts, env: Mapping[str, str], bind_host: str | None
     ) -> None:
-        def launch(worker_id: WorkerId, role: Role) -> RayWorker:
-            pool = config.prefill if role is Role.PREFILL else config.decode
-            return RayWorker(f"{config.cluster.name}-{worker_id}", pool, env)
-
-        self._controller = Controller(config, parts, launch, bind_host)
+        launcher = RayLauncher(config, env)
+        values = RayStore()
+        store = ControllerStore(values, config.cluster.name)
+        service = service_of(config, Counts(*config.autoscaler.ratio_pair))
+        placer = SharedPlacer(service, values, _ray_nodes, _ask_for)
+        self._controller = Controller(config, parts, launcher, store, bind_host, placer)
         self._loop: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
-        """Start the loop unless it runs; a constructor has no event loop to start it in."""
+        """Start the loop unless it runs; a constructor has no event loop to start it in.
+
+        Returns once earlier workers have been taken over: no answer is better than a wrong one.
+        """
         if self._loop is None:
             self._loop = asyncio.create_task(self._controller.run())
+        office = asyncio.create_task(self._controller.in_office())
+        await asyncio.wait([self._loop, office], return_when=asyncio.FIRST_COMPLETED)
+        office.cancel()
+        if self._loop.done():
+            self._loop.result()
 
-    async def workers(self) -> list[dict[str, Any]]:
-        return [entry.as_document() for entry in self._controller.workers()]
+    async def follow(self, load: dict[str, Any], known_version: int) -> dict[str, Any]:
+        """Take in a router's load; return the workers it may use and whether all is well.
+
+        Answers at once if the list is another one than that of `known_version`, else when it
+        changes, and in any case after half a second.
+        """
+        await self.run()
+        self._controller.record(RouterLoad.from_document(load))
+        version = await self._controller.wait_for_change(known_version, FOLLOW_S)
+        workers = [entry.as_document() for entry in self._controller.workers()]
+        return {"version": version, "workers": workers, "health": self._controller.health()}
 
     async def status(self) -> dict[str, Any]:
+        await self.run()
         return self._controller.status()
 
-    async def health(self) -> tuple[bool, str]:
-        return self._controller.health()
+    async def decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
+        await self.run()
+        return self._controller.decisions(after, limit)
+
+    async def scale(self, prefill: int, decode: int) -> None:
+        """Hold both pools at these sizes, whatever the load."""
+        await self.run()
+        self._controller.scale({Role.PREFILL: prefill, Role.DECODE: decode})
+
+    async def unscale(self) -> None:
+        """Leave the sizes to the load again."""
+        await self.run()
+        self._controller.scale(None)
 
     async def drain_and_stop(self) -> None:
         await self._controller.drain_and_stop()
@@ -108,6 +224,7 @@ def start_controller(
             lifetime="detached",
             get_if_exists=True,
             num_cpus=0,
+            max_restarts=-1,
             runtime_env={"env_vars": dict(env)},
         )
         .remote(config, parts, env, bind_host)

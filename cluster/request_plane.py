@@ -69,7 +69,7 @@ class WorkerSocket:
         while not self._socket.closed:
             peer, *frames = await self._socket.recv_multipart()
             for message in _decode_all(frames, "request"):
-                if isinstance(message, Heartbeat | Prefill | Decode | Cancel):
+                if isinstance(message, RouterMessage):
                     yield peer, message
 
     async def send(self, peer: bytes, messages: Sequence[WorkerMessage]) -> None:
@@ -158,7 +158,8 @@ class Leg:
 class WorkerLink:
     """The router's end of one worker: legs by request, heartbeats, and the loss of the worker.
 
-    `snapshot` is the worker's latest answer to a heartbeat. After `timeout_s` without any
+    `snapshot` is the worker's latest answer to a heartbeat, `snapshot_s` when it came (loop
+    time). After `timeout_s` without any
     message the link is lost: every open leg raises `WorkerLost`, and so does every new one,
     until the worker answers again. `on_change` is called when the link is lost, and when a
     snapshot shows another worker, role or life than the one before.
@@ -176,6 +177,7 @@ class WorkerLink:
         self.worker_id = worker_id
         self.endpoint = endpoint
         self.snapshot: WorkerSnapshot | None = None
+        self.snapshot_s = 0.0
         self.is_lost = False
         self._router_id = router_id
         self._timeout_s = timeout_s
@@ -251,6 +253,7 @@ class WorkerLink:
     def _update(self, snapshot: WorkerSnapshot) -> None:
         is_changed = self.is_lost or _life(self.snapshot) != _life(snapshot)
         self.snapshot = snapshot
+        self.snapshot_s = self._heard_s
         self.is_lost = False
         if is_changed:
             self._on_change()

@@ -6,13 +6,17 @@ own client and skips `AsyncLLM`. The KV connector is named by path: this part do
 """
 
 import asyncio
+import importlib
 import os
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import setproctitle
+import torch
 import zmq
 import zmq.asyncio
 from vllm.engine.arg_utils import AsyncEngineArgs
@@ -56,6 +60,17 @@ _FINISH = {
 }
 
 
+_CONNECTOR_MODULE = "kv_transfer.connector"
+# What vLLM's processes import only once they run.
+_LATE_IMPORTS = ("vllm.v1.engine.core", "vllm.v1.executor.multiproc_executor")
+# How this process starts an engine's. "fork" only where `settle_fork` has said so: a process that
+# has run tensor operations in parallel or speaks Ray must not. multiprocessing's own start method
+# cannot tell, because any library that uses its default makes that "fork".
+_start_method = "spawn"
+# Which of them depends on the OpenMP runtime (`utils/ompmultiprocessing.py:72`).
+_CORE_VARIABLES = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")
+
+
 @dataclass(frozen=True, slots=True)
 class VllmEngineSettings:
     """What one engine is built from; `words` spells hand-offs the connector's way."""
@@ -79,6 +94,34 @@ def set_process_environment(settings: VllmEngineSettings) -> None:
     os.environ["VLLM_LOGGING_LEVEL"] = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
 
 
+def import_engine(model: ModelSection) -> None:
+    """Import what the processes of an engine for `model` will need; run no tensor operation."""
+    is_cpu = current_platform.is_cpu()
+    worker = "vllm.v1.worker.cpu_worker" if is_cpu else "vllm.v1.worker.gpu_worker"
+    for name in (*_LATE_IMPORTS, worker, _CONNECTOR_MODULE):
+        importlib.import_module(name)
+
+
+def settle_fork(title: str) -> None:
+    """Make this fork of the template one whose engine processes are forked from it in turn."""
+    global _start_method
+    _start_method = "fork"
+    setproctitle.setproctitle(f"tandem {title}")
+
+
+def settle_engine_fork() -> None:
+    """Do in a forked process of the engine what an OpenMP runtime does when it is loaded.
+
+    vLLM tells each worker its cores by variables that nothing reads after a fork.
+    """
+    for name in _CORE_VARIABLES:
+        if name in os.environ:
+            cores = [int(core) for core in re.findall(r"\d+", os.environ[name])]
+            os.sched_setaffinity(0, cores)
+            torch.set_num_threads(len(cores))
+            return
+
+
 class VllmEngine:
     """One engine core and its workers, in processes that die with this one."""
 
@@ -96,6 +139,8 @@ class VllmEngine:
         """Start the processes, load the model, open the KV-plane port; 20-30 s on a CPU."""
         set_process_environment(self._settings)
         self._config = self._engine_args().create_engine_config(UsageContext.ENGINE_CONTEXT)
+        # After the CPU platform has forced spawn, whatever is safe here.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = _start_method
         self._client = await asyncio.to_thread(
             EngineCoreClient.make_async_mp_client,
             vllm_config=self._config,
@@ -141,7 +186,7 @@ class VllmEngine:
     def _connector_config(self) -> dict[str, Any]:
         return {
             "kv_connector": "TandemConnector",
-            "kv_connector_module_path": "kv_transfer.connector",
+            "kv_connector_module_path": _CONNECTOR_MODULE,
             # Either role, so that a role flip needs no restart.
             "kv_role": "kv_both",
             # The router knows better where to prefill again than the engine that failed.

@@ -12,8 +12,8 @@ from cluster.config import ModelSection
 from cluster.errors import HandoffFailed, TandemError
 from cluster.messages import Decode, Failed, Prefill, Prefilled, Receipt, Rejected, Tokens
 from cluster.names import HandoffId, RequestId
-from cluster.reconcile import Pair
 from cluster.request_plane import Leg, WorkerLink
+from cluster.worker_state import Pair
 
 PROOF_TIMEOUT_S = 30.0
 # Every tokenizer has this many tokens; blocks of 128 tokens are vLLM's largest default.
@@ -21,12 +21,12 @@ _TOKENS = range(3, 250)
 _DEFAULT_BLOCK_SIZE = 128
 
 
-def warmup_prompt(model: ModelSection, pair: Pair, attempt: int) -> tuple[int, ...]:
+def warmup_prompt(model: ModelSection, pair: Pair, salt: str) -> tuple[int, ...]:
     """Return two blocks and a bit of tokens that no worker has cached."""
     length = 2 * (model.block_size or _DEFAULT_BLOCK_SIZE) + 7
     if model.max_model_len is not None:
         length = min(length, model.max_model_len - 2)
-    rng = random.Random(zlib.crc32(repr((pair, attempt)).encode()))
+    rng = random.Random(zlib.crc32(repr((pair, salt)).encode()))
     return tuple(rng.choices(_TOKENS, k=length))
 
 

@@ -1,7 +1,8 @@
 """One worker: an engine, a role, and the request plane between them. Runs without Ray.
 
 The role decides what a message or an engine output means; this shell moves bytes, keeps the
-table of who asked for what, and notices routers that fall silent.
+table of who asked for what, counts its work, changes the role when it is told to and idle, and
+notices routers that fall silent.
 """
 
 import asyncio
@@ -16,6 +17,7 @@ from cluster.engine import Engine, EngineFacts, EngineLoad, EngineOutput
 from cluster.errors import RequestInvalid
 from cluster.messages import (
     Cancel,
+    ChangeRole,
     Decode,
     Failed,
     Heartbeat,
@@ -25,7 +27,7 @@ from cluster.messages import (
     WorkerMessage,
     WorkerSnapshot,
 )
-from cluster.names import RequestId
+from cluster.names import RequestId, Role
 from cluster.request_plane import WorkerSocket
 from cluster.roles import Ending, WorkerRole
 from cluster.snapshot import WorkerEntry
@@ -44,19 +46,48 @@ class _Peer:
     request_ids: set[RequestId] = field(default_factory=set)
 
 
+@dataclass(slots=True)
+class _Work:
+    """What this life of the engine has done so far; `busy_since` while a request is open."""
+
+    generated_tokens: int = 0
+    computed_prompt_tokens: int = 0
+    busy_s: float = 0.0
+    busy_since: float | None = None
+
+    def count(self, role: Role, output: EngineOutput) -> None:
+        if role is Role.DECODE:
+            self.generated_tokens += len(output.token_ids)
+        elif output.stats is not None:
+            self.computed_prompt_tokens += output.stats.num_computed_tokens
+
+    def set_busy(self, is_busy: bool, now: float) -> None:
+        if self.busy_since is not None:
+            self.busy_s += now - self.busy_since
+        self.busy_since = now if is_busy else None
+
+
 class Worker:
-    """Serves one engine in one role until stopped or until the engine dies."""
+    """Serves one engine until stopped or until the engine dies, in one role at a time."""
 
     def __init__(self, spec: WorkerSpec) -> None:
         self._spec = spec
-        self._role: WorkerRole = load(spec.roles[spec.role])()
+        self._role_name = spec.role
+        self._roles: dict[Role, WorkerRole] = {r: load(path)() for r, path in spec.roles.items()}
+        self._next_role: Role | None = None
+        self._controller_epoch = 0
+        self._work = _Work()
         self._engine: Engine = load(spec.engine)(spec)
         self._peers: dict[bytes, _Peer] = {}
         self._owners: dict[RequestId, bytes] = {}
         self._stopping = asyncio.Event()
 
     def __repr__(self) -> str:
-        return f"<Worker {self._spec.worker_id} {self._spec.role} requests={len(self._owners)}>"
+        return f"<Worker {self._spec.worker_id} {self._role_name} requests={len(self._owners)}>"
+
+    @property
+    def _role(self) -> WorkerRole:
+        return self._roles[self._role_name]
 
     async def start(self) -> WorkerEntry:
         """Start the engine and listen; raise what made the engine fail."""
@@ -115,8 +146,10 @@ class Worker:
             await self._socket.send(peer, [self._snapshot(await self._engine.load())])
         elif isinstance(message, Cancel):
             if self._owners.get(message.request_id) == peer:
-                self._forget(message.request_id)
                 await self._end(self._role.cancel(message.request_id))
+                await self._forget(message.request_id)
+        elif isinstance(message, ChangeRole):
+            await self._change_role(message)
         else:
             await self._submit(peer, message)
 
@@ -124,6 +157,10 @@ class Worker:
         if message.request_id in self._owners:
             taken = Rejected(message.request_id, "a request of this id is open here")
             await self._socket.send(peer, [taken])
+            return
+        if self._next_role is not None:
+            leaving = Rejected(message.request_id, f"this worker leaves the {self._role_name} role")
+            await self._socket.send(peer, [leaving])
             return
         accepted = self._role.accept(message)
         if isinstance(accepted, Rejected):
@@ -135,17 +172,40 @@ class Worker:
             raise RequestInvalid(reason)
         self._owners[message.request_id] = peer
         self._peers[peer].request_ids.add(message.request_id)
+        if len(self._owners) == 1:
+            self._work.set_busy(True, time.monotonic())
         await self._engine.submit(accepted)
 
     async def _refuse(self, peer: bytes, failed: Failed) -> None:
-        self._forget(failed.request_id)
         self._role.cancel(failed.request_id)
         await self._socket.send(peer, [failed])
+        await self._forget(failed.request_id)
+
+    # Roles.
+
+    async def _change_role(self, message: ChangeRole) -> None:
+        """Remember the role to take; a change to the present one takes an earlier order back."""
+        if message.controller_epoch < self._controller_epoch:
+            logger.warning("ignored an order of controller epoch %d", message.controller_epoch)
+            return
+        self._controller_epoch = message.controller_epoch
+        self._next_role = None if message.role is self._role_name else message.role
+        await self._take_next_role()
+
+    async def _take_next_role(self) -> None:
+        """Take the next role once nothing is open in this one, and tell every peer at once."""
+        if self._next_role is None or self._owners:
+            return
+        self._role_name, self._next_role = self._next_role, None
+        snapshot = self._snapshot(await self._engine.load())
+        for peer in list(self._peers):
+            await self._socket.send(peer, [snapshot])
 
     def _snapshot(self, load: EngineLoad) -> WorkerSnapshot:
+        self._work.set_busy(bool(self._owners), time.monotonic())
         return WorkerSnapshot(
             worker_id=self._spec.worker_id,
-            role=self._spec.role,
+            role=self._role_name,
             epoch=self._facts.epoch,
             num_running=load.num_running,
             num_waiting=load.num_waiting,
@@ -154,6 +214,9 @@ class Worker:
             num_held_blocks=load.num_held_blocks,
             num_held_handoffs=load.num_held_handoffs,
             num_requests=len(self._owners),
+            generated_tokens=self._work.generated_tokens,
+            computed_prompt_tokens=self._work.computed_prompt_tokens,
+            busy_s=self._work.busy_s,
             counts=load.counts,
         )
 
@@ -166,16 +229,22 @@ class Worker:
 
     async def _send_reports(self, outputs: Sequence[EngineOutput]) -> None:
         batches: dict[bytes, list[WorkerMessage]] = {}
+        ended: list[RequestId] = []
         for output in outputs:
-            report = self._role.report(output)
+            self._work.count(self._role_name, output)
+            # An abort can cross a prompt's finish, and then comes after a change of role.
+            is_prompt = output.offer is not None
+            report = (self._roles[Role.PREFILL] if is_prompt else self._role).report(output)
             peer = self._owners.get(output.request_id)
             if report.message is not None and peer is not None:
                 batches.setdefault(peer, []).append(report.message)
             if report.is_last:
-                self._forget(output.request_id)
+                ended.append(output.request_id)
             await self._end(report.ending)
         for peer, messages in batches.items():
             await self._socket.send(peer, messages)
+        for request_id in ended:
+            await self._forget(request_id)
 
     async def _end(self, ending: Ending) -> None:
         if ending.abort:
@@ -203,13 +272,17 @@ class Worker:
         logger.warning("router %r is silent: ending its %d requests", peer, len(state.request_ids))
         del self._peers[peer]
         for request_id in list(state.request_ids):
-            self._owners.pop(request_id, None)
             await self._end(self._role.cancel(request_id))
             # A router that was only held up goes on, and must not wait for what was ended.
             ended = Failed(request_id, "engine", "ended: the router was silent")
             await self._socket.send(peer, [ended])
+            await self._forget(request_id)
 
-    def _forget(self, request_id: RequestId) -> None:
+    async def _forget(self, request_id: RequestId) -> None:
+        """Drop a request from the tables; with the last one a change of role may happen."""
         peer = self._owners.pop(request_id, None)
         if peer is not None and peer in self._peers:
             self._peers[peer].request_ids.discard(request_id)
+        if not self._owners:
+            self._work.set_busy(False, time.monotonic())
+            await self._take_next_role()

@@ -1,4 +1,8 @@
-"""The one Ray actor class: it hosts a worker and dies with the worker's engine."""
+"""The one Ray actor class: it hosts a worker and dies with the worker's engine.
+
+A simulated worker runs in the actor's own process; a vLLM one in a process forked from the
+node's template, and the actor is a thin shell around the line to it.
+"""
 
 import asyncio
 import logging
@@ -7,9 +11,11 @@ from pathlib import Path
 
 import ray
 
+from cluster.errors import Fenced
 from cluster.shared_memory import track_apart
 from cluster.snapshot import WorkerEntry
 from cluster.worker import Worker
+from cluster.worker_process import WorkerProcess
 from cluster.worker_spec import Seat, WorkerSpec
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
@@ -22,10 +28,18 @@ class WorkerActor:
 
     def __init__(self) -> None:
         track_apart()
-        self._worker: Worker | None = None
+        self._worker: Worker | WorkerProcess | None = None
         self._entry: WorkerEntry | None = None
         self._running: asyncio.Task[None] | None = None
         self._is_stopping = False
+        self._is_up = asyncio.Event()
+        self._controller_epoch = 0
+
+    def _obey(self, controller_epoch: int) -> None:
+        """Raise `Fenced` for an order of a controller that a later one has followed."""
+        if controller_epoch < self._controller_epoch:
+            raise Fenced(f"controller epoch {controller_epoch} is over")
+        self._controller_epoch = controller_epoch
 
     async def seat(self) -> Seat:
         """Return where this actor runs, before its engine is pinned and started."""
@@ -34,14 +48,28 @@ class WorkerActor:
         cores = tuple(sorted(os.sched_getaffinity(0)))
         return Seat(node, _BOOT_ID, address, cores, os.getpid())
 
-    async def start(self, spec: WorkerSpec) -> WorkerEntry:
+    async def adopt(self, controller_epoch: int) -> WorkerEntry | None:
+        """Obey a new controller; return the entry once the worker is up, None if it was never
+        started."""
+        self._obey(controller_epoch)
+        if self._worker is None:
+            return None
+        await self._is_up.wait()
+        return self._entry
+
+    async def start(self, spec: WorkerSpec, controller_epoch: int) -> WorkerEntry:
         """Start the worker and serve; raise what made it fail."""
-        self._worker = Worker(spec)
+        self._obey(controller_epoch)
+        if spec.config.model.engine == "simulated":
+            self._worker = Worker(spec)
+        else:
+            self._worker = WorkerProcess(spec, str(ray.get_runtime_context().get_node_id()))
         self._entry = await self._worker.start()
+        self._is_up.set()
         self._running = asyncio.create_task(self._run(self._worker))
         return self._entry
 
-    async def _run(self, worker: Worker) -> None:
+    async def _run(self, worker: Worker | WorkerProcess) -> None:
         """Serve until stopped. A worker whose engine died leaves nothing behind: the process
         ends at once, which is also how the controller learns of it."""
         try:
@@ -56,8 +84,9 @@ class WorkerActor:
         if self._running is not None:
             await asyncio.wait([self._running])
 
-    async def stop(self) -> None:
+    async def stop(self, controller_epoch: int) -> None:
         """Stop serving and end the engine's processes; return when they have ended."""
+        self._obey(controller_epoch)
         self._is_stopping = True
         if self._worker is not None:
             await self._worker.stop()

@@ -12,10 +12,12 @@ from cluster.names import Role, WorkerId
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The classes `deploy` chose: one engine, and what a worker does in each role."""
+    """The classes `deploy` chose: one engine, what a worker does in each role, and what sizes
+    the pools."""
 
     engine: str
     roles: Mapping[Role, str]
+    autoscaler: str
 
 
 @dataclass(frozen=True, slots=True)

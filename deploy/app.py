@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import httpx
@@ -23,7 +24,7 @@ from cluster.ray_plane import start_controller
 from cluster.worker_spec import Parts
 from deploy import signals
 from deploy.connect import connect
-from deploy.engines import ENGINES, ROLES
+from deploy.engines import AUTOSCALER, ENGINES, ROLES
 from deploy.local_ray import start_local_ray
 from deploy.ports import require_free
 from deploy.processes import ProcessId, end_marked
@@ -40,7 +41,7 @@ _POLL_S = 0.25
 
 def parts_of(config: TandemConfig) -> Parts:
     """Return the classes a worker is built of."""
-    return Parts(ENGINES[config.model.engine], ROLES)
+    return Parts(ENGINES[config.model.engine], ROLES, AUTOSCALER)
 
 
 class Deployment:
@@ -66,8 +67,9 @@ class Deployment:
         self._start_ray()
         env = self._session.worker_environment
         bind_host = "127.0.0.1" if self._config.cluster.address is None else None
-        self._controller = start_controller(self._config, parts_of(self._config), env, bind_host)
-        self._start_router(env)
+        start = partial(start_controller, self._config, parts_of(self._config), env, bind_host)
+        self._controller = start()
+        self._start_router(env, start)
         self._wait_until_serving(started_at)
 
     def _start_ray(self) -> None:
@@ -104,7 +106,7 @@ class Deployment:
         header = "-H 'content-type: application/json'"
         return f"curl {self.url}/v1/completions {header} -d '{body}'"
 
-    def _start_router(self, env: dict[str, str]) -> None:
+    def _start_router(self, env: dict[str, str], start_controller: Callable[[], Any]) -> None:
         router = self._config.router
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         self._owns_serve = not serve.status().proxies
@@ -114,7 +116,11 @@ class Deployment:
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
         serve.run_many(
-            [serve.RunTarget(router_application(self._config, env), self._session.name, "/")],
+            [
+                serve.RunTarget(
+                    router_application(self._config, env, start_controller), self._session.name, "/"
+                )
+            ],
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )

@@ -19,6 +19,7 @@ ENGINES = {
     "vllm": "deploy.engines:vllm_engine",
     "simulated": "deploy.engines:simulated_engine",
 }
+AUTOSCALER = "autoscaler.loop:Autoscaler"
 ROLES = {
     Role.PREFILL: "prefill_workers.role:PrefillRole",
     Role.DECODE: "decode_workers.role:DecodeRole",
@@ -33,12 +34,20 @@ def vllm_engine(spec: WorkerSpec) -> Engine:
     return VllmEngine(
         VllmEngineSettings(
             worker_id=spec.worker_id,
-            model=spec.config.model,
+            model=_model_in_pool(spec),
             handoff=spec.config.handoff,
             cpus=spec.cpus,
             words=protocol,
         )
     )
+
+
+def _model_in_pool(spec: WorkerSpec) -> ModelSection:
+    """Return the model's section with what its pool lays over the engine's arguments."""
+    model, config = spec.config.model, spec.config
+    pool = config.prefill if spec.role is Role.PREFILL else config.decode
+    split = {"tensor_parallel_size": pool.tensor_parallel_size}
+    return model.model_copy(update={"engine_args": split | model.engine_args | pool.engine_args})
 
 
 def simulated_engine(spec: WorkerSpec) -> Engine:

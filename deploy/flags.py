@@ -10,7 +10,8 @@ import yaml
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from cluster.config import Section, TandemConfig, load_config, merge, parse_config, section_of
+from cluster.config import TandemConfig, load_config, merge, parse_config, section_of
+from cluster.section import Section
 
 ALIASES = {
     "cluster.address": ("--address",),

@@ -55,6 +55,10 @@ def start_local_ray(config: TandemConfig, session: Session, temp_dir: Path, verb
 
 def _num_cpus(config: TandemConfig) -> int:
     """Pools larger than the machine share its cores: here Ray's count is only bookkeeping."""
-    pools = (config.prefill, config.decode)
-    wanted = sum(pool.workers * pool.cpus_per_worker for pool in pools)
+    bounds = config.autoscaler
+    most_prefill = max(config.prefill.workers, bounds.max_prefill) * config.prefill.cpus_per_worker
+    most_decode = max(config.decode.workers, bounds.max_decode) * config.decode.cpus_per_worker
+    standby = config.cluster.standby * config.decode.cpus_per_worker
+    # Workers on their way out still hold theirs while their successors start.
+    wanted = 2 * (most_prefill + most_decode + standby)
     return max(wanted, len(os.sched_getaffinity(0)))

@@ -24,8 +24,9 @@ from kv_transfer.protocol import (
     Renew,
 )
 
-# A read can overtake the engine step that tells us of the hold: it waits this long for it.
-UNKNOWN_GRACE_S = 1.0
+# A read can overtake the engine step that tells us of the hold, by as long as a step takes. It
+# waits for it, less long than the reader does before it calls the pull stalled.
+UNKNOWN_GRACE_S = 2.5
 # Hand-offs remembered after their end, so that a late read is refused without that wait.
 _ENDED_KEPT = 4096
 

@@ -1,13 +1,15 @@
 """The router as a Ray Serve deployment: builds the parts of a router and keeps its list fresh.
 
-Each replica is a whole router of its own. It asks the controller for the workers once a second
-and goes on with the last list while the controller does not answer.
+Each replica is a whole router of its own. It follows the controller, which answers when the list
+of workers changes or after a moment, and goes on with the last list while nobody answers. The
+first replica to find no controller starts one: an app that Ray Serve deploys needs nothing else.
 """
 
 import asyncio
 import logging
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from typing import Any
 
@@ -16,8 +18,9 @@ import zmq.asyncio
 from ray import serve
 
 from cluster.config import TandemConfig
+from cluster.errors import Unavailable
+from cluster.load import RouterLoad
 from cluster.names import Role, RouterId
-from cluster.ray_plane import find_controller
 from cluster.snapshot import WorkerEntry
 from router.exchange import REQUEST_ID_HEADER, AsgiApp, Message, Receive, Scope, Send
 from router.flow import Flow
@@ -25,7 +28,7 @@ from router.membership import Membership
 from router.records import Records, RequestRecord
 from router.surface import Operations, build_surface
 
-POLL_S = 1.0
+RETRY_S = 0.5
 _ANSWER_TIMEOUT_S = 3.0
 # Admission is the flow's: Serve must not queue or refuse before it.
 _MAX_ONGOING = 10_000
@@ -36,47 +39,78 @@ logger = logging.getLogger(__name__)
 class ControllerView:
     """What the controller last said, and whether it still says anything."""
 
-    def __init__(self, deployment: str) -> None:
-        self._deployment = deployment
+    def __init__(self, start: Callable[[], Any]) -> None:
+        self._start = start
         self._controller: Any = None
+        self._version = 0
         self.health: tuple[bool, str] | None = None
 
-    async def ask(self) -> Sequence[WorkerEntry] | None:
-        """Return the workers that may serve, None if the controller does not answer."""
+    async def ask(self, load: RouterLoad) -> Sequence[WorkerEntry] | None:
+        """Return the workers that may serve, None if the controller does not answer.
+
+        Tells it this router's load; waits a moment for the list to change.
+        """
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                if self._controller is None:
-                    self._controller = await asyncio.to_thread(find_controller, self._deployment)
-                documents = await self._controller.workers.remote()
-                self.health = await self._controller.health.remote()
-                return [WorkerEntry.from_document(document) for document in documents]
-        except (TimeoutError, TypeError, ValueError, ray.exceptions.RayError) as error:
+                controller = await self.controller()
+                answer = await controller.follow.remote(load.as_document(), self._version)
+                self.health, self._version = answer["health"], answer["version"]
+                return [WorkerEntry.from_document(document) for document in answer["workers"]]
+        except (TimeoutError, KeyError, TypeError, ValueError, ray.exceptions.RayError) as error:
             # It may come back under the same name, as another actor, or of another version.
-            self._controller, self.health = None, None
+            self._controller, self.health, self._version = None, None, 0
             logger.warning("the controller does not answer as it should: %s", error)
             return None
+
+    async def decisions(self, after: int, limit: int) -> Sequence[Mapping[str, object]]:
+        """Return up to `limit` decisions that follow number `after`, oldest first.
+
+        Raise `Unavailable` if the controller does not answer; `ask` finds or starts the next.
+        """
+        if self._controller is None:
+            raise Unavailable("the controller does not answer this router")
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                page: list[Mapping[str, object]]
+                page = await self._controller.decisions.remote(after, limit)
+                return page
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            # Ray adds a page of advice.
+            reason = str(error).partition("\n")[0] or f"nothing within {_ANSWER_TIMEOUT_S:g} s"
+            raise Unavailable(f"the controller does not answer: {reason}") from None
+
+    async def controller(self) -> Any:
+        """Return the deployment's controller, started if there is none."""
+        if self._controller is None:
+            self._controller = await asyncio.to_thread(self._start)
+        return self._controller
 
 
 class RouterReplica:
     """One router: links, flow, records, HTTP surface. Serve calls the dunder methods."""
 
-    async def __init__(self, config: TandemConfig) -> None:  # type: ignore[misc]  # Serve awaits it
+    # Serve awaits it.
+    async def __init__(  # type: ignore[misc]
+        self, config: TandemConfig, start_controller: Callable[[], Any]
+    ) -> None:
         # vLLM's front-end takes seconds to import and only replicas need it.
         from router.app import build_frontend
 
         self._records = Records(config.router.records)
         self._context = zmq.asyncio.Context()
-        router_id = RouterId(f"{config.cluster.name}-router-{uuid.uuid4().hex[:8]}")
+        self._router_id = RouterId(f"{config.cluster.name}-router-{uuid.uuid4().hex[:8]}")
         timeout_s = config.router.worker_timeout_s
-        self._membership = Membership(self._context, router_id, timeout_s)
+        self._membership = Membership(self._context, self._router_id, timeout_s)
         self._flow = Flow(config.router, self._membership, self._records, Random())
         frontend = await build_frontend(config.model, self._flow)
-        operations = Operations(self._health, self._record, self._recent, self._flow.status)
+        self._view = ControllerView(start_controller)
+        operations = Operations(
+            self._health, self._record, self._recent, self._flow.status, self._view.decisions
+        )
         surface = build_surface(
             {config.model.name: frontend}, operations, self._latest_record, config.router
         )
         self._surface = WithoutRequestId(surface)
-        self._view = ControllerView(config.cluster.name)
         self._polling = asyncio.create_task(self._poll())
 
     def __serve_build_asgi_app__(self) -> AsgiApp:
@@ -97,10 +131,12 @@ class RouterReplica:
 
     async def _poll(self) -> None:
         while True:
-            entries = await self._view.ask()
-            if entries is not None:
+            load = self._flow.meter.load(self._router_id, time.time())
+            entries = await self._view.ask(load)
+            if entries is None:
+                await asyncio.sleep(RETRY_S)
+            else:
                 await self._membership.update(entries)
-            await asyncio.sleep(POLL_S)
 
     def _health(self) -> tuple[bool, str]:
         if self._view.health is not None and not self._view.health[0]:
@@ -142,8 +178,13 @@ class WithoutRequestId:
         await self._app(scope, receive, pass_on)
 
 
-def router_application(config: TandemConfig, env: Mapping[str, str]) -> Any:
-    """Return the Serve application that runs the configured number of routers."""
+def router_application(
+    config: TandemConfig, env: Mapping[str, str], start_controller: Callable[[], Any]
+) -> Any:
+    """Return the Serve application that runs the configured number of routers.
+
+    `start_controller` returns the deployment's controller actor, started if there is none.
+    """
     deployment = serve.deployment(
         name="router",
         num_replicas=config.router.replicas,
@@ -156,4 +197,4 @@ def router_application(config: TandemConfig, env: Mapping[str, str]) -> Any:
             "runtime_env": {"env_vars": {**env, "CUDA_VISIBLE_DEVICES": ""}},
         },
     )
-    return deployment(serve.ingress()(RouterReplica)).bind(config)
+    return deployment(serve.ingress()(RouterReplica)).bind(config, start_controller)

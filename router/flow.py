@@ -39,6 +39,7 @@ from cluster.names import FinishReason, HandoffId, RequestId, Role, WorkerId
 from cluster.request_plane import Leg
 from router.admission import Admission, Ticket
 from router.ledger import Reservation
+from router.load_meter import LoadMeter
 from router.membership import Membership
 from router.policy import RETRY_AFTER_S, Placed, RejectedPlacement, Rejection
 from router.records import Outcome, PromptTokens, Records, RequestRecord
@@ -78,6 +79,7 @@ class Flow:
         self._config = config
         self._membership = membership
         self.records = records
+        self.meter = LoadMeter()
         self._admission = Admission(config, membership.ready_workers, rng)
         self._runs: set[_Run] = set()
         self._num_shown = 0
@@ -142,6 +144,7 @@ class Flow:
             raise Unavailable("the router is stopping")
         now = _now()
         num_tokens = len(request.prompt_token_ids)
+        self.meter.arrive(num_tokens)
         record = self.records.open(request.exchange_id, request.request_id, num_tokens, now)
         deadline_s = now + self._config.request_deadline_s
         return _Run(request, record, self._admission.next_order(), deadline_s)
@@ -251,9 +254,11 @@ class Flow:
         metrics.OUTPUT_TOKENS.inc(num_tokens)
         if gap_s is not None:
             metrics.ITL_SECONDS.observe(gap_s)
+            self.meter.next_tokens(gap_s)
         elif num_tokens:
             record.timeline.stamp(Event.FIRST_TOKEN, now)
             metrics.TTFT_SECONDS.observe(now - record.timeline.arrived_s)
+            self.meter.first_token(now - record.timeline.arrived_s)
 
     def _recover(self, run: "_Run", error: RetryElsewhere) -> None:
         """Note the setback and return to try again, or raise what the client is told."""
@@ -315,6 +320,7 @@ class Flow:
         if record.outcome is None:
             self.records.finish(record, outcome, error, _now())
             metrics.REQUESTS.labels(outcome.value).inc()
+            self.meter.end(record.timeline.num_tokens, outcome.is_success)
 
     def _show_reservations(self) -> None:
         # By difference: the gauge is shared by the flows of several models.

@@ -32,6 +32,10 @@ class Outcome(enum.StrEnum):
         """Return the outcome of a finish that reaches the client; others are errors."""
         return cls(reason.value) if reason.value in set(cls) else cls.ERROR
 
+    @property
+    def is_success(self) -> bool:
+        return self in (Outcome.STOP, Outcome.LENGTH, Outcome.REPETITION)
+
 
 @dataclass(frozen=True, slots=True)
 class Attempt:

@@ -1,6 +1,6 @@
 """The endpoint's routes: the models' ones go to vLLM's apps, the operator's ones are here."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, cast
@@ -13,10 +13,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from cluster.config import RouterSection
+from cluster.errors import TandemError
 from cluster.metrics import FREE_BLOCKS, PINNED_BLOCKS
 from router.dispatch import ModelDispatch
 from router.exchange import AsgiApp, ExchangeLayer, Placed, Receive, Scope, Send
-from router.http_errors import HttpFailure
+from router.http_errors import HttpFailure, failure_of
 
 # vLLM's other routes drive an engine (sleep, scale, profile, LoRA, abort by id) or a cloud.
 SERVED_PATHS = frozenset(
@@ -36,18 +37,25 @@ SERVED_PATHS = frozenset(
 )
 _DEFAULT_RECENT = 100
 _MAX_RECENT = 10_000
+# A decision with all it rests on is about 2 KB.
+_MAX_DECISIONS = 1000
+_MAX_SEQ = 999_999_999
 
 Document = Mapping[str, object]
 
 
 @dataclass(frozen=True, slots=True)
 class Operations:
-    """What the operator's routes show; each is read afresh per call and must not block."""
+    """What the operator's routes show; each is read afresh per call and must not block.
+
+    `decisions(after, limit)` asks the controller, so it takes time and may raise `TandemError`.
+    """
 
     health: Callable[[], tuple[bool, str]]
     record: Callable[[str], Document | None]
     recent: Callable[[int], Sequence[Document]]
     pinned: Callable[[], Document]
+    decisions: Callable[[int, int], Awaitable[Sequence[Document]]]
 
 
 def build_surface(
@@ -92,11 +100,14 @@ def operator_app(operations: Operations) -> Starlette:
         return JSONResponse(document)
 
     async def recent(request: Request) -> Response:
-        text = request.query_params.get("limit", str(_DEFAULT_RECENT))
-        if not text.isdecimal() or not 1 <= int(text[:9]) <= _MAX_RECENT:
-            message = f"limit must be a number from 1 to {_MAX_RECENT}"
-            raise HTTPException(HTTPStatus.BAD_REQUEST, message)
-        return JSONResponse({"requests": list(operations.recent(int(text)))})
+        limit = _number(request, "limit", _DEFAULT_RECENT, (1, _MAX_RECENT))
+        return JSONResponse({"requests": list(operations.recent(limit))})
+
+    async def decisions(request: Request) -> Response:
+        after = _number(request, "after", 0, (0, _MAX_SEQ))
+        limit = _number(request, "limit", _DEFAULT_RECENT, (1, _MAX_DECISIONS))
+        page = list(await operations.decisions(after, limit))
+        return JSONResponse({"decisions": page, "next": page[-1]["seq"] if page else after})
 
     async def pinned(_request: Request) -> Response:
         return JSONResponse(operations.pinned())
@@ -108,14 +119,26 @@ def operator_app(operations: Operations) -> Starlette:
     routes = {
         "/health": health,
         "/metrics": metrics,
+        "/admin/decisions": decisions,
         "/admin/requests": recent,
         "/admin/requests/{exchange_id}": record,
         "/debug/pinned": pinned,
     }
     return Starlette(
         routes=[Route(path, route) for path, route in routes.items()],
-        exception_handlers={HTTPException: _not_served},
+        exception_handlers={HTTPException: _not_served, TandemError: _failed},
     )
+
+
+def _number(request: Request, name: str, default: int, bounds: tuple[int, int]) -> int:
+    """Return a number of the query; raise a 400 that says what it may be."""
+    text = request.query_params.get(name, str(default))
+    # Python refuses to read numbers of thousands of digits, with an error of its own.
+    is_short = text.isascii() and text.isdecimal() and len(text) <= len(str(_MAX_SEQ))
+    if not is_short or not bounds[0] <= int(text) <= bounds[1]:
+        message = f"{name} must be a number from {bounds[0]} to {bounds[1]}"
+        raise HTTPException(HTTPStatus.BAD_REQUEST, message)
+    return int(text)
 
 
 def show_blocks(pinned: Document) -> None:
@@ -135,3 +158,10 @@ async def _not_served(request: Request, error: Exception) -> Response:
     failure = HttpFailure(status, status.phrase, f"{request.url.path}: {error.detail}")
     headers = {"content-type": "application/json", **(error.headers or {})}
     return Response(failure.body(), status, headers)
+
+
+async def _failed(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, TandemError)
+    failure = failure_of(error)
+    headers = {name.decode(): value.decode() for name, value in failure.headers()}
+    return Response(failure.body(), failure.status, headers)

@@ -15,6 +15,14 @@ def wait_for(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
         time.sleep(_POLL_S)
 
 
+async def until(condition: Callable[[], object], timeout_s: float = 15.0) -> None:
+    """The same for what this event loop itself brings about."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f"not true after {timeout_s} s"
+        await asyncio.sleep(_POLL_S)
+
+
 async def eventually(condition: Callable[[], Awaitable[object]], timeout_s: float = 10.0) -> None:
     """Return once `await condition()` is true; fail at the deadline."""
     deadline = time.monotonic() + timeout_s

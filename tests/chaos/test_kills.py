@@ -64,9 +64,12 @@ def ready_worker(role: str) -> dict[str, Any]:
 def family(actor_pid: int) -> dict[str, psutil.Process]:
     """Return a worker's processes by what they are."""
     actor = psutil.Process(actor_pid)
-    (core,) = [p for p in actor.children() if "EngineCore" in p.name() + " ".join(p.cmdline())]
+    # The worker's process is a fork of the node's template and names its actor in its title.
+    titles = {p: " ".join(p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])}
+    (worker,) = [p for p, title in titles.items() if title.strip().endswith(f"actor {actor_pid}")]
+    (core,) = [p for p in worker.children() if "EngineCore" in p.name() + " ".join(p.cmdline())]
     (engine_worker,) = [p for p in core.children() if "Worker" in p.name() + " ".join(p.cmdline())]
-    return {"actor": actor, "EngineCore": core, "Worker": engine_worker}
+    return {"actor": actor, "process": worker, "EngineCore": core, "Worker": engine_worker}
 
 
 def wait_for_transfer(served: Served, known: set[str]) -> None:
@@ -83,6 +86,7 @@ def wait_for_transfer(served: Served, known: set[str]) -> None:
 
 KILLS: dict[str, Callable[[dict[str, psutil.Process]], list[psutil.Process]]] = {
     "actor": lambda family: [family["actor"]],
+    "process": lambda family: [family["process"]],
     "EngineCore": lambda family: [family["EngineCore"]],
     "Worker": lambda family: [family["Worker"]],
     "whole-tree": lambda family: list(family.values()),

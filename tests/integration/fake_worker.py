@@ -2,7 +2,6 @@
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import zmq.asyncio
@@ -28,16 +27,6 @@ from cluster.request_plane import WorkerSocket
 from cluster.snapshot import WorkerEntry
 
 KV_BYTES = 4096
-
-
-async def until(condition: Callable[[], object], deadline_s: float = 10.0) -> None:
-    """Return once `condition` holds; fail the test if it does not in time."""
-    try:
-        async with asyncio.timeout(deadline_s):
-            while not condition():  # noqa: ASYNC110  # the condition is anything at all
-                await asyncio.sleep(0.002)
-    except TimeoutError:
-        raise AssertionError(f"not within {deadline_s} s") from None
 
 
 @dataclass(frozen=True)
@@ -114,7 +103,7 @@ class FakeWorker:
             self.cancelled.append(message.request_id)
             if (task := self._running.pop(message.request_id, None)) is not None:
                 task.cancel()
-        else:
+        elif isinstance(message, Prefill | Decode):
             plan = self.plans.popleft() if self.plans else self.default
             self.requests.append(message)
             answering = self._answer(peer, message, plan)
@@ -183,5 +172,8 @@ class FakeWorker:
             num_held_blocks=0,
             num_held_handoffs=0,
             num_requests=len(self._running),
+            generated_tokens=0,
+            computed_prompt_tokens=0,
+            busy_s=0.0,
             counts={},
         )

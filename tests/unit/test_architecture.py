@@ -46,14 +46,36 @@ VLLM = {
 
 # Decisions: synchronous, from their arguments alone.
 PURE = {
+    "autoscaler/decision.py",
+    "autoscaler/demand.py",
+    "autoscaler/laws.py",
+    "autoscaler/limits.py",
+    "autoscaler/plan.py",
+    "autoscaler/policy.py",
+    "autoscaler/ratio.py",
+    "autoscaler/signals.py",
+    "autoscaler/windows.py",
+    "cluster/candidates.py",
     "cluster/cores.py",
     "cluster/errors.py",
+    "cluster/gate.py",
+    "cluster/latency.py",
+    "cluster/load.py",
     "cluster/messages.py",
     "cluster/names.py",
+    "cluster/packing.py",
+    "cluster/placement.py",
+    "cluster/pool_size.py",
+    "cluster/pools.py",
+    "cluster/preemption.py",
     "cluster/reconcile.py",
     "cluster/roles.py",
+    "cluster/service.py",
+    "cluster/shortage.py",
     "cluster/snapshot.py",
+    "cluster/topology.py",
     "cluster/wire.py",
+    "cluster/worker_state.py",
     "decode_workers/role.py",
     "kv_transfer/handoff.py",
     "kv_transfer/layout.py",
@@ -69,10 +91,12 @@ PURE = {
 NOT_IN_PURE = {"asyncio", "logging", "ray", "threading", "time", "torch", "vllm", "zmq"}
 
 # Declarations that pure files need: the configuration, the nouns of the engine.
-PURE_MAY_IMPORT = {"cluster.config", "cluster.engine"}
+PURE_MAY_IMPORT = {"cluster.autoscaler_config", "cluster.config", "cluster.engine"}
 
 # Why each of these touches the environment is said where it does.
 ENVIRONMENT = {
+    "cluster/forked_worker.py": "a forked worker gets its actor's, not the template's",
+    "cluster/worker_process.py": "sends the actor's along, and names the template by its mark",
     "cluster/vllm_engine.py": "vLLM's engine processes read their settings from it",
     "deploy/connect.py": "Ray reads the cluster's token from it",
     "deploy/session.py": "Ray and Ray Serve read their settings from it when imported",

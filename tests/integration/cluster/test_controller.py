@@ -1,7 +1,7 @@
 """The controller over simulated workers in this process: real sockets, real hand-offs, no Ray."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -9,10 +9,12 @@ import pytest
 
 from cluster.config import TandemConfig, parse_config
 from cluster.controller import Controller
+from cluster.controller_store import ControllerStore
 from cluster.names import WorkerId
 from cluster.worker_spec import Parts
-from deploy.engines import ENGINES, ROLES
-from tests.integration.cluster.local_workers import CORES, Host
+from deploy.engines import AUTOSCALER, ENGINES, ROLES
+from tests.integration.cluster.local_workers import CORES, Host, MemoryStore
+from tests.waiting import until
 
 DEAF = "tests.integration.cluster.local_workers:deaf_engine"
 
@@ -30,7 +32,8 @@ def config(**changes: Any) -> TandemConfig:
 async def running(
     settings: TandemConfig, host: Host, engine: str = ENGINES["simulated"]
 ) -> AsyncIterator[Controller]:
-    controller = Controller(settings, Parts(engine, ROLES), host.launch, "127.0.0.1")
+    store = ControllerStore(MemoryStore(), "test")
+    controller = Controller(settings, Parts(engine, ROLES, AUTOSCALER), host, store, "127.0.0.1")
     loop = asyncio.create_task(controller.run())
     try:
         yield controller
@@ -39,12 +42,6 @@ async def running(
         await loop
     assert host.alive == []
     assert controller.workers() == []
-
-
-async def until(condition: Callable[[], object], deadline_s: float = 15.0) -> None:
-    async with asyncio.timeout(deadline_s):
-        while not condition():  # noqa: ASYNC110  # the condition is anything at all
-            await asyncio.sleep(0.01)
 
 
 def listed(controller: Controller) -> set[str]:
@@ -83,7 +80,7 @@ async def test_a_dead_worker_leaves_the_list_at_once_and_is_replaced() -> None:
     async with running(config(), host) as controller:
         await until(lambda: len(controller.workers()) == 2)
         host.launched[WorkerId("prefill-1")].kill()
-        await until(lambda: "prefill-1" not in listed(controller), deadline_s=0.5)
+        await until(lambda: "prefill-1" not in listed(controller), timeout_s=0.5)
         is_healthy, reason = controller.health()
         assert not is_healthy and "no warm prefill worker" in reason
         assert "prefill-1: its process ended" in reason
@@ -121,10 +118,10 @@ async def test_a_worker_that_never_gets_ready_is_given_up() -> None:
     host = Host()
     launch = host.launch
 
-    def launch_stuck(worker_id: WorkerId, role: Any) -> Any:
-        worker = launch(worker_id, role)
+    def launch_stuck(worker_id: WorkerId, role: Any, node_id: Any) -> Any:
+        worker = launch(worker_id, role, node_id)
 
-        async def never(_spec: Any) -> Any:
+        async def never(*_args: Any) -> Any:
             await asyncio.Event().wait()
 
         worker.start = never  # type: ignore[method-assign, assignment]

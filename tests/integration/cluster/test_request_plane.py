@@ -14,7 +14,8 @@ from cluster.errors import DeadlineExceeded, HandoffFailed, WorkerLost
 from cluster.messages import CODEC, PROTOCOL_VERSION, Decode, Heartbeat, Prefill, Prefilled, Tokens
 from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, WorkerId
 from cluster.request_plane import Leg, WorkerLink
-from tests.integration.fake_worker import FakeWorker, Plan, until
+from tests.integration.fake_worker import FakeWorker, Plan
+from tests.waiting import until
 
 TIMEOUT_S = 0.6
 BAD_FRAMES = [

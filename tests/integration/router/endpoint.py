@@ -45,6 +45,10 @@ class Endpoint:
             time.sleep(0.005)
 
 
+async def no_decisions(after: int, limit: int) -> list[dict[str, object]]:
+    return []
+
+
 async def serve(endpoint: Endpoint, started: threading.Event, stop: threading.Event) -> None:
     """Run the endpoint until `stop`; its address is there once `started` is set."""
     # vLLM takes seconds to import, and other tests of this folder do without.
@@ -67,6 +71,7 @@ async def serve(endpoint: Endpoint, started: threading.Event, stop: threading.Ev
         record=lambda exchange_id: {"id": exchange_id} if exchange_id in flow.records else None,
         recent=lambda limit: [{"id": exchange_id} for exchange_id in flow.records][:limit],
         pinned=lambda: {"workers": {}, "open_reservations": 0},
+        decisions=no_decisions,
     )
     section = RouterSection()
     app = build_surface({MODEL: frontend}, operations, flow.records.get, section)

@@ -13,7 +13,8 @@ from cluster.names import RequestId, Role, RouterId, Stage, WorkerId
 from router.flow import Flow, GenerateRequest
 from router.membership import Membership
 from router.records import Records, RequestRecord
-from tests.integration.fake_worker import FakeWorker, until
+from tests.integration.fake_worker import FakeWorker
+from tests.waiting import until
 
 # Long enough that a busy machine loses nobody, for the tests that lose nobody.
 PATIENT_S = 10.0

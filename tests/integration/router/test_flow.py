@@ -22,8 +22,9 @@ from cluster.messages import Decode, Prefill
 from cluster.names import FinishReason, Stage
 from router.flow import GenerateRequest
 from router.records import Outcome, PromptTokens
-from tests.integration.fake_worker import KV_BYTES, Plan, until
+from tests.integration.fake_worker import KV_BYTES, Plan
 from tests.integration.router.pools import Pools, causes, placements
+from tests.waiting import until
 
 HANG = Plan("hang", 0)
 

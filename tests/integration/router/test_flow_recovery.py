@@ -8,8 +8,9 @@ from cluster.errors import HandoffFailed, Overloaded, Unavailable, WorkerLost
 from cluster.messages import Decode, Failed, Tokens
 from cluster.names import RequestId
 from router.records import Outcome, PromptTokens
-from tests.integration.fake_worker import Plan, until
+from tests.integration.fake_worker import Plan
 from tests.integration.router.pools import QUICK_S, Pools, causes, placements
+from tests.waiting import until
 
 HANG = Plan("hang", 0)
 # A decode that waits for a dead prefill must have moved on within this.

@@ -7,8 +7,9 @@ import pytest
 
 from cluster.errors import WorkerLost
 from cluster.names import Role, WorkerId
-from tests.integration.fake_worker import Plan, until
+from tests.integration.fake_worker import Plan
 from tests.integration.router.pools import QUICK_S, Pools
+from tests.waiting import until
 
 
 def states(pools: Pools) -> dict[object, object]:

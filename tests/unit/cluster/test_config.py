@@ -8,7 +8,6 @@ import yaml
 
 from cluster.config import (
     BUNDLED_MODEL,
-    Section,
     TandemConfig,
     load_config,
     merge,
@@ -16,6 +15,7 @@ from cluster.config import (
     section_of,
 )
 from cluster.errors import ConfigError
+from cluster.section import Section
 
 
 def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:

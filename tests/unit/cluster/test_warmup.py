@@ -29,11 +29,11 @@ def test_counts(transferred: int, receipt: Receipt | None, fault: str | None) ->
 
 def test_prompts_are_new_for_every_pair_and_attempt() -> None:
     other = (WorkerId("prefill-2"), WorkerId("decode-1"))
-    prompts = [warmup_prompt(ModelSection(), p, n) for p in (PAIR, other) for n in range(3)]
+    prompts = [warmup_prompt(ModelSection(), p, n) for p in (PAIR, other) for n in "012"]
     assert len(set(prompts)) == 6
-    assert prompts[0] == warmup_prompt(ModelSection(), PAIR, 0)
+    assert prompts[0] == warmup_prompt(ModelSection(), PAIR, "0")
 
 
 def test_prompts_cover_whole_blocks_and_fit_the_context() -> None:
-    assert len(warmup_prompt(ModelSection(block_size=16), PAIR, 0)) == 39
-    assert len(warmup_prompt(ModelSection(max_model_len=100), PAIR, 0)) == 98
+    assert len(warmup_prompt(ModelSection(block_size=16), PAIR, "0")) == 39
+    assert len(warmup_prompt(ModelSection(max_model_len=100), PAIR, "0")) == 98

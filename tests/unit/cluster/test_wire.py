@@ -26,6 +26,7 @@ KINDS: list[type] = [
     messages.Tokens,
     messages.Failed,
     messages.WorkerSnapshot,
+    messages.ChangeRole,
 ]
 # A small alphabet of every encoded length: hypothesis takes seconds to list all of Unicode.
 ALPHABET = "a0 \x00\u00e4\u6c34\U0001f701"

@@ -1,6 +1,7 @@
 """Which app answers which path, and what the operator's routes say."""
 
 import json
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -8,16 +9,29 @@ from prometheus_client import REGISTRY
 
 from cluster import metrics
 from cluster.config import RouterSection
+from cluster.errors import Unavailable
 from router.dispatch import ModelDispatch
 from router.exchange import AsgiApp, Receive, Scope, Send
 from router.surface import Operations, build_surface, show_blocks
 
 RECORDS: dict[str, dict[str, object]] = {name: {"id": name} for name in ("first", "second")}
+
+
+async def decisions(after: int, limit: int) -> list[dict[str, object]]:
+    page: list[dict[str, object]] = [{"seq": seq} for seq in range(after + 1, 6)]
+    return page[:limit]
+
+
+async def no_controller(after: int, limit: int) -> list[dict[str, object]]:
+    raise Unavailable("the controller does not answer")
+
+
 OPERATIONS = Operations(
     health=lambda: (True, "serving"),
     record=RECORDS.get,
     recent=lambda limit: list(RECORDS.values())[:limit],
     pinned=lambda: {"open_reservations": 3},
+    decisions=decisions,
 )
 
 
@@ -53,6 +67,9 @@ def endpoint(*names: str, operations: Operations = OPERATIONS) -> httpx.AsyncCli
         ("/admin/requests", 200, {"requests": [{"id": "first"}, {"id": "second"}]}),
         ("/admin/requests?limit=1", 200, {"requests": [{"id": "first"}]}),
         ("/debug/pinned", 200, {"open_reservations": 3}),
+        ("/admin/decisions?after=3", 200, {"decisions": [{"seq": 4}, {"seq": 5}], "next": 5}),
+        ("/admin/decisions?after=1&limit=1", 200, {"decisions": [{"seq": 2}], "next": 2}),
+        ("/admin/decisions?after=9", 200, {"decisions": [], "next": 9}),
         ("/v1/models", 200, {"object": "list", "data": [{"id": "a"}]}),
     ],
 )
@@ -70,6 +87,12 @@ async def test_answers(path: str, status: int, answer: object) -> None:
         ("/admin/requests?limit=0", 400),
         ("/admin/requests?limit=many", 400),
         ("/admin/requests?limit=" + "9" * 5000, 400),
+        ("/admin/decisions?limit=0", 400),
+        ("/admin/decisions?limit=1001", 400),
+        ("/admin/decisions?after=-1", 400),
+        ("/admin/decisions?after=٣", 400),
+        ("/admin/decisions?after=", 400),
+        ("/admin/decisions?after=" + "9" * 5000, 400),
     ],
 )
 async def test_refusals_are_openai_style(path: str, status: int) -> None:
@@ -87,11 +110,19 @@ async def test_wrong_method() -> None:
 
 
 async def test_sick_deployment() -> None:
-    sick = Operations(lambda: (False, "no decode worker"), RECORDS.get, lambda _: [], dict)
+    sick = replace(OPERATIONS, health=lambda: (False, "no decode worker"))
     async with endpoint("a", operations=sick) as client:
         response = await client.get("/health")
     assert response.status_code == 503
     assert response.json() == {"healthy": False, "reason": "no decode worker"}
+
+
+async def test_decisions_without_a_controller_are_503() -> None:
+    async with endpoint("a", operations=replace(OPERATIONS, decisions=no_controller)) as client:
+        response = await client.get("/admin/decisions")
+    assert response.status_code == response.json()["error"]["code"] == 503
+    assert response.json()["error"]["message"] == "the controller does not answer"
+    assert response.headers["retry-after"] == "1"
 
 
 async def test_metrics_are_this_process_s() -> None:

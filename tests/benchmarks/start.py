@@ -1,0 +1,138 @@
+"""`make bench-start`: the cold start of a worker over that of a plain `vllm serve`.
+
+A worker of a running deployment is killed and its replacement timed, from the controller's
+decision to an engine that serves; in turn with it the same engine behind vLLM's own server, from
+its first process to its first healthy answer. Each on one core, the idle deployment beside both.
+"""
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.config import BUNDLED_MODEL, parse_config
+from cluster.names import Role, WorkerId
+from cluster.worker_process import WorkerProcess
+from cluster.worker_spec import WorkerSpec
+from deploy.engines import ENGINES, ROLES
+from tests.benchmarks.sections import table, write_section
+from tests.served import monolith, tandem, wait_until
+
+NAME = "bench-start"
+NUM_ROUNDS = 3
+DTYPE = "float32"
+MAX_MODEL_LEN = 2048
+CHUNK_TOKENS = 2048
+KV_CACHE_GIB = 0.5
+REPLACED_WITHIN_S = 120.0
+LIMIT = 0.5
+
+
+def decode_worker() -> dict[str, Any] | None:
+    """Return the status of the deployment's decode worker, once it serves."""
+    command = [sys.executable, "-m", "deploy.cli", "status", "--name", NAME, "--json"]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    workers = json.loads(output.stdout)["workers"]
+    found = [w for w in workers if w["role"] == "decode" and w["state"] == "ready"]
+    return found[0] if found else None
+
+
+def time_replacement() -> float:
+    """Kill the decode worker and return how long its replacement took to start, in seconds."""
+    killed = wait_until(decode_worker, REPLACED_WITHIN_S, "a decode worker serves")
+    psutil.Process(killed["pid"]).kill()
+
+    def replacement() -> dict[str, Any] | None:
+        worker = decode_worker()
+        return worker if worker and worker["worker_id"] != killed["worker_id"] else None
+
+    worker = wait_until(replacement, REPLACED_WITHIN_S, "the replacement serves")
+    return float(worker["start_s"])
+
+
+def time_monolith(model: Path) -> float:
+    """Return how long vLLM's own server takes to its first healthy answer, in seconds."""
+    began = time.monotonic()
+    with monolith(
+        model=model,
+        cpus="0",
+        dtype=DTYPE,
+        max_model_len=MAX_MODEL_LEN,
+        max_num_batched_tokens=CHUNK_TOKENS,
+        max_num_seqs=64,
+        enforce_eager=True,
+        kv_cache_memory_bytes=int(KV_CACHE_GIB * 2**30),
+    ):
+        return time.monotonic() - began
+
+
+async def time_template(model: Path) -> tuple[float, float]:
+    """Return how long a first fork takes, with the template's own start, and a second one."""
+    section = {
+        "path": str(model),
+        "dtype": DTYPE,
+        "max_model_len": MAX_MODEL_LEN,
+        "chunk_tokens": CHUNK_TOKENS,
+        "kv_cache_gib": KV_CACHE_GIB,
+    }
+    config, worker_id = parse_config({"model": section}), WorkerId("bench")
+    engine = ENGINES["vllm"]
+    spec = WorkerSpec(worker_id, Role.DECODE, engine, ROLES, config, (0,), "127.0.0.1")
+    taken = []
+    for _ in range(2):
+        process, began = WorkerProcess(spec, f"bench-{os.getpid()}"), time.monotonic()
+        await process.fork()
+        taken.append(time.monotonic() - began)
+        await process.stop()
+        await process.run()
+    return taken[0], taken[1]
+
+
+def report(ours: list[float], theirs: list[float], template: tuple[float, float]) -> bool:
+    """Print and write the figures; return whether the limit holds."""
+    ratio = statistics.median(ours) / statistics.median(theirs)
+    rows = [
+        [name, f"{statistics.median(taken):.1f}", " ".join(f"{t:.1f}" for t in taken)]
+        for name, taken in (("worker, from the template", ours), ("`vllm serve`", theirs))
+    ]
+    held = "held" if ratio <= LIMIT else "NOT held"
+    body = table(["start", "median s", "each s"], rows) + (
+        f"\n\nRatio {ratio:.2f}, limit {LIMIT}: {held}. Both: bundled model, {DTYPE},"
+        f" {KV_CACHE_GIB} GiB of KV cache, context {MAX_MODEL_LEN}, eager, pinned to one core,"
+        " beside an idle 1P1D deployment. The worker's time contains its Ray actor's start.\n\n"
+        f"The node's template, once per node: {template[0]:.1f} s from nothing to its first"
+        f" fork; a later fork {1e3 * template[1]:.0f} ms."
+    )
+    write_section("start", "make bench-start", body)
+    return ratio <= LIMIT
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
+    rounds = parser.parse_args().rounds
+    template = asyncio.run(time_template(BUNDLED_MODEL))
+    with tandem(
+        NAME,
+        model__dtype=DTYPE,
+        model__max_model_len=MAX_MODEL_LEN,
+        model__chunk_tokens=CHUNK_TOKENS,
+        model__kv_cache_gib=KV_CACHE_GIB,
+    ):
+        ours, theirs = [], []
+        for _ in range(rounds):
+            ours.append(time_replacement())
+            theirs.append(time_monolith(BUNDLED_MODEL))
+    return 0 if report(ours, theirs, template) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
