@@ -180,6 +180,12 @@ class AutoscalerSection(Section):
         """Return a metric window at this section's speed, long enough to hold reports."""
         return max(self.scaled(seconds), min(seconds, SHORTEST_WINDOW_S))
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _off_is_a_word(cls, mode: object) -> object:
+        # YAML 1.1 reads a bare off as false.
+        return "off" if mode is False else mode
+
     @field_validator("ratio")
     @classmethod
     def _has_both_sides(cls, ratio: str) -> str:

@@ -159,6 +159,9 @@ class ClusterSection(Section):
     warmup: bool = Field(True, description="new workers must pass a warm-up hand-off")
     start_timeout_s: Seconds = Field(300.0, description="workers must be ready within this")
     drain_s: Seconds = Field(5.0, description="running requests may take this long to end at stop")
+    orphan_s: Seconds = Field(
+        180.0, description="workers end this long after the deployment or Ray's head is gone"
+    )
     standby: Annotated[int, Field(ge=0)] = Field(
         0, description="workers kept loaded beside the pools, to serve within a second"
     )

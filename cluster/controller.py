@@ -303,6 +303,8 @@ class Controller:
         workers = self._workforce.placed()
         orders = await asyncio.to_thread(self._placer.plan, workers, wanted, self._placed_at)
         self._give_up(orders)
+        for worker_id in orders.stranded:
+            self._workforce.stop(worker_id, "the node it was to start on is gone", False)
         if orders.unplaced != self._unplaced:
             self._unplaced = orders.unplaced
             for reason in orders.unplaced:

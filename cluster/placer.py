@@ -26,12 +26,13 @@ STALE_S = 15.0
 
 @dataclass(frozen=True, slots=True)
 class Orders:
-    """One deployment's part of a cycle: places for new workers, why others found none, and its
-    workers that have to go, each with the reason."""
+    """One deployment's part of a cycle: places for new workers, why others found none, its
+    workers that have to go, each with the reason, and those that wait for a node that is gone."""
 
     slots: tuple[Slot, ...] = ()
     unplaced: tuple[str, ...] = ()
     victims: tuple[tuple[WorkerId, str], ...] = ()
+    stranded: tuple[WorkerId, ...] = ()
 
 
 class Placer(Protocol):
@@ -134,6 +135,11 @@ class SharedPlacer:
             tuple(slot for p in plan.placements if p.service == name for slot in p.slots),
             tuple(unplaced.reason for unplaced in plan.unplaced if unplaced.service == name),
             tuple((v, d.reason) for d in plan.degradations if d.service == name for v in d.victims),
+            tuple(
+                worker.worker_id
+                for worker in workers
+                if worker.tenure is Tenure.CLAIMED and worker.node_id not in topology.nodes
+            ),
         )
 
     def withdraw(self) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import ray
 from ray.autoscaler.sdk import request_resources
-from ray.experimental import internal_kv
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -21,6 +20,7 @@ from cluster.controller_store import ControllerStore
 from cluster.load import RouterLoad
 from cluster.names import Role, WorkerId
 from cluster.placer import SharedPlacer, bundle_of
+from cluster.ray_store import RayStore
 from cluster.service import Counts, pool_need, service_of
 from cluster.snapshot import WorkerEntry
 from cluster.topology import Node, nodes_from_ray
@@ -29,6 +29,8 @@ from cluster.worker_spec import Parts, Seat, WorkerSpec
 
 NAMESPACE = "tandem"
 FOLLOW_S = 0.5
+# An app is gone when Serve has not listed it this often: it may be restarting.
+APP_POLL_S, APP_MISSES = 2.0, 3
 NODE_ID_LABEL = "ray.io/node-id"
 
 
@@ -38,27 +40,6 @@ _remote: Any = ray.remote
 
 def controller_name(deployment: str) -> str:
     return f"{deployment}-controller"
-
-
-class RayStore:
-    """Ray's internal key-value store (GCS), which Ray Serve keeps its own state in too."""
-
-    def get(self, key: str) -> bytes | None:
-        value: bytes | None = internal_kv._internal_kv_get(key, namespace=NAMESPACE)
-        return value
-
-    def put(self, key: str, value: bytes) -> None:
-        internal_kv._internal_kv_put(key, value, overwrite=True, namespace=NAMESPACE)
-
-    def put_new(self, key: str, value: bytes) -> bool:
-        was_there = internal_kv._internal_kv_put(key, value, overwrite=False, namespace=NAMESPACE)
-        return not was_there
-
-    def delete(self, key: str) -> None:
-        internal_kv._internal_kv_del(key, namespace=NAMESPACE)
-
-    def keys(self, prefix: str) -> list[str]:
-        return [key.decode() for key in internal_kv._internal_kv_list(prefix, namespace=NAMESPACE)]
 
 
 class RayWorker:
@@ -153,8 +134,16 @@ class ControllerActor:
     """
 
     def __init__(
-        self, config: TandemConfig, parts: Parts, env: Mapping[str, str], bind_host: str | None
+        self,
+        config: TandemConfig,
+        parts: Parts,
+        env: Mapping[str, str],
+        bind_host: str | None,
+        app_name: str | None,
     ) -> None:
+        self._name = controller_name(config.cluster.name)
+        self._app_name = app_name
+        self._following: asyncio.Task[None] | None = None
         launcher = RayLauncher(config, env)
         values = RayStore()
         store = ControllerStore(values, config.cluster.name)
@@ -170,6 +159,8 @@ class ControllerActor:
         """
         if self._loop is None:
             self._loop = asyncio.create_task(self._controller.run())
+            if self._app_name is not None:
+                self._following = asyncio.create_task(self._end_with(self._app_name))
         office = asyncio.create_task(self._controller.in_office())
         await asyncio.wait([self._loop, office], return_when=asyncio.FIRST_COMPLETED)
         office.cancel()
@@ -206,16 +197,43 @@ class ControllerActor:
         await self.run()
         self._controller.scale(None)
 
+    async def _end_with(self, app_name: str) -> None:
+        """Once the Serve app that we belong to has been deleted, remove everything."""
+        num_misses = 0
+        while num_misses < APP_MISSES:
+            await asyncio.sleep(APP_POLL_S)
+            is_there = await asyncio.to_thread(_app_exists, app_name)
+            num_misses = 0 if is_there else num_misses + 1
+        await self.drain_and_stop()
+        ray.kill(ray.get_actor(self._name, namespace=NAMESPACE))
+
     async def drain_and_stop(self) -> None:
         await self._controller.drain_and_stop()
         if self._loop is not None:
             await asyncio.gather(self._loop, return_exceptions=True)
 
 
+def _app_exists(name: str) -> bool:
+    """Return whether Serve has the app; while Serve does not answer, nothing is known."""
+    from ray import serve  # only controllers that follow an app pay for it
+
+    try:
+        return name in serve.status().applications
+    except ray.exceptions.RayError:
+        return True
+
+
 def start_controller(
-    config: TandemConfig, parts: Parts, env: Mapping[str, str], bind_host: str | None
+    config: TandemConfig,
+    parts: Parts,
+    env: Mapping[str, str],
+    bind_host: str | None,
+    app_name: str | None = None,
 ) -> Any:
-    """Return the deployment's controller, started if there is none."""
+    """Return the deployment's controller, started if there is none.
+
+    With an `app_name` it ends, workers and all, when that Serve app is deleted.
+    """
     controller = (
         _remote(ControllerActor)
         .options(
@@ -227,7 +245,7 @@ def start_controller(
             max_restarts=-1,
             runtime_env={"env_vars": dict(env)},
         )
-        .remote(config, parts, env, bind_host)
+        .remote(config, parts, env, bind_host, app_name)
     )
     ray.get(controller.run.remote())
     return controller

@@ -7,11 +7,15 @@ node's template, and the actor is a thin shell around the line to it.
 import asyncio
 import logging
 import os
+import time
 from pathlib import Path
 
 import ray
 
+from cluster.config import ClusterSection
+from cluster.controller_store import ControllerStore
 from cluster.errors import Fenced
+from cluster.ray_store import RayStore
 from cluster.shared_memory import track_apart
 from cluster.snapshot import WorkerEntry
 from cluster.worker import Worker
@@ -19,6 +23,8 @@ from cluster.worker_process import WorkerProcess
 from cluster.worker_spec import Seat, WorkerSpec
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+_ORPHAN_POLL_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +38,7 @@ class WorkerActor:
         self._entry: WorkerEntry | None = None
         self._running: asyncio.Task[None] | None = None
         self._is_stopping = False
+        self._watching: asyncio.Task[None] | None = None
         self._is_up = asyncio.Event()
         self._controller_epoch = 0
 
@@ -67,6 +74,7 @@ class WorkerActor:
         self._entry = await self._worker.start()
         self._is_up.set()
         self._running = asyncio.create_task(self._run(self._worker))
+        self._watching = asyncio.create_task(self._outlive(spec.config.cluster))
         return self._entry
 
     async def _run(self, worker: Worker | WorkerProcess) -> None:
@@ -78,6 +86,22 @@ class WorkerActor:
             logger.exception("the worker ended")
         if not self._is_stopping:
             os._exit(1)
+
+    async def _outlive(self, cluster: ClusterSection) -> None:
+        """End some minutes after the deployment is gone. A controller that is merely down has
+        left its notes; `tandem down` and a deleted app have not, nor has a lost Ray head."""
+        store = ControllerStore(RayStore(), cluster.name)
+        seen_s = time.monotonic()
+        while time.monotonic() - seen_s < cluster.orphan_s:
+            await asyncio.sleep(min(_ORPHAN_POLL_S, cluster.orphan_s / 3))
+            try:
+                if await asyncio.to_thread(store.load, "sizes") is not None:
+                    seen_s = time.monotonic()
+            except Exception as error:
+                logger.warning("Ray's store does not answer: %s", error)
+        logger.warning("the deployment is gone: ending")
+        await self.stop(self._controller_epoch)
+        os._exit(0)
 
     async def wait(self) -> None:
         """Return when the worker has been stopped; the call fails when the process dies."""

@@ -29,6 +29,8 @@ from cluster.worker_state import Observed, Pair, Trouble, WorkerState
 
 STOP_TIMEOUT_S = 4.0
 _ADOPTION_S = 5.0
+# A worker that fails after this long in service is no sign that the next one will not start.
+_PROBATION_S = 60.0
 _UP = frozenset(WorkerState) - {WorkerState.PENDING, WorkerState.STARTING, WorkerState.STOPPING}
 
 logger = logging.getLogger(__name__)
@@ -280,8 +282,10 @@ class Workforce:
 
     async def _fail(self, member: Member, reason: str) -> None:
         self._note(f"{member.worker_id} failed: {reason}")
-        why = f"{member.worker_id}: {reason}"
-        self._history.count_failure(member.role, why, time.time())
+        served_s = time.time() - member.since if member.state is WorkerState.READY else 0.0
+        if served_s < _PROBATION_S:
+            why = f"{member.worker_id}: {reason}"
+            self._history.count_failure(member.role, why, time.time())
         member.enter(WorkerState.STOPPING, time.time())
         member.handle.kill()
         await self._forget(member)

@@ -6,9 +6,13 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.util.placement_group import remove_placement_group
 
+from cluster.controller_store import ControllerStore
 from cluster.errors import Unavailable
+from cluster.placer import PREFIX
 from cluster.ray_plane import NAMESPACE, find_controller
+from cluster.ray_store import RayStore
 from deploy.connect import connect_to
 from deploy.state import DeploymentState
 
@@ -37,6 +41,11 @@ def remove_deployment(name: str) -> None:
     for actor_name in deployment_actors(name):
         with suppress(ValueError):
             ray.kill(ray.get_actor(actor_name, namespace=NAMESPACE))
+        with suppress(ValueError):
+            remove_placement_group(ray.util.get_placement_group(actor_name))
+    store = RayStore()
+    ControllerStore(store, name).clear()
+    store.delete(PREFIX + name)
     deadline = time.monotonic() + _STOP_S
     while deployment_actors(name) and time.monotonic() < deadline:
         time.sleep(0.1)

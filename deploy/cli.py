@@ -1,4 +1,4 @@
-"""The `tandem` command: serve, demo, status, down."""
+"""The `tandem` command: starts, shows, sizes, calibrates and stops deployments."""
 
 import argparse
 import json
@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from cluster.config import TandemConfig
@@ -16,9 +17,9 @@ from deploy import down as cleaning
 from deploy import signals
 from deploy.flags import OneLineParser, add_config_flags, config_from
 from deploy.session import open_session
-from deploy.state import DeploymentState
 
 _STARTED_AT = time.monotonic()
+_POOLS = ("prefill", "decode")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -42,9 +43,13 @@ def build_parser() -> OneLineParser:
         ("serve", run_serve, "start a deployment and stay up until Ctrl-C"),
         ("demo", run_demo, "start a deployment, replay a slice of a trace, report, stop"),
         ("status", run_status, "show a running deployment's workers"),
+        ("scale", run_scale, "hold the pools at sizes given by hand, or leave them to the load"),
+        ("decisions", run_decisions, "show what the autoscaler decided and why"),
+        ("replay", run_replay, "put a recorded decision file through the policy again"),
+        ("calibrate", run_calibrate, "find the P:D ratio and the target per worker by pressure"),
         ("down", run_down, "stop a deployment and clean up whatever it left"),
     ):
-        usage = f"tandem {name} [flags]"
+        usage = f"tandem {name} {'FILE ' if name == 'replay' else ''}[flags]"
         command = commands.add_parser(
             name, help=about, description=about, usage=usage, allow_abbrev=False
         )
@@ -67,10 +72,46 @@ def _add_own_flags(name: str, command: argparse.ArgumentParser) -> None:
             default=1.0,
             help="replay this many times as fast as recorded (default: 1)",
         )
-    if name == "status":
+    if name in ("status", "decisions"):
         command.add_argument("--json", action="store_true", help="print JSON")
+    if name == "decisions":
+        command.add_argument("--follow", action="store_true", help="go on until Ctrl-C")
+        command.add_argument(
+            "--after", type=int, default=0, metavar="N", help="leave out those up to number N"
+        )
+    if name == "scale":
+        command.add_argument("--auto", action="store_true", help="take an order back")
+        command.add_argument("--wait", action="store_true", help="return when the pools are there")
+    if name == "replay":
+        command.add_argument("file", type=Path, metavar="FILE", help="decision file (JSON lines)")
+        command.add_argument(
+            "--rerun",
+            action="store_true",
+            help="list what these settings decide otherwise, each decision resting on the last",
+        )
+    if name == "calibrate":
+        _add_calibration_flags(command)
     if name == "down":
         command.add_argument("--all", action="store_true", help="every deployment found here")
+
+
+def _add_calibration_flags(command: argparse.ArgumentParser) -> None:
+    for flag, kind, about in (
+        ("--total", int, "workers in both pools together"),
+        ("--slo-ttft", float, "objective for TTFT in seconds"),
+        ("--slo-tbt", float, "objective for the time between tokens in seconds"),
+        ("--input-tokens", int, "prompt length"),
+        ("--output-tokens", int, "output length"),
+        ("--config-out", Path, "YAML file that gets the result; the rest of it stays"),
+    ):
+        metavar = "FILE" if kind is Path else "N" if kind is int else "S"
+        command.add_argument(flag, type=kind, required=True, metavar=metavar, help=about)
+    command.add_argument(
+        "--duration", type=float, default=10.0, metavar="S", help="seconds per load (default: 10)"
+    )
+    command.add_argument(
+        "--plot", type=Path, metavar="FILE", help="SVG (default: beside --config-out)"
+    )
 
 
 def run_serve(config: TandemConfig, parsed: argparse.Namespace) -> int:
@@ -85,14 +126,56 @@ def run_demo(config: TandemConfig, parsed: argparse.Namespace) -> int:
 
 
 def run_status(config: TandemConfig, parsed: argparse.Namespace) -> int:
+    from deploy.controller_link import running_deployment
     from deploy.status import read_status, show
 
-    state = DeploymentState.read(config.cluster.name)
-    if state is None:
-        raise TandemError(f"no deployment named {config.cluster.name!r} runs here")
+    state = running_deployment(config.cluster.name)
     status = read_status(state)
     print(json.dumps(status, indent=2) if parsed.json else show(status, state.url))
     return 0 if status["healthy"] else 1
+
+
+def run_scale(config: TandemConfig, parsed: argparse.Namespace) -> int:
+    from deploy.scale import ScaleOrder, run
+
+    # The flags of the pools' configuration; their defaults are no order.
+    is_given = {pool: getattr(parsed, f"{pool}.workers") is not None for pool in _POOLS}
+    order = ScaleOrder(
+        prefill=config.prefill.workers if is_given["prefill"] else None,
+        decode=config.decode.workers if is_given["decode"] else None,
+        is_auto=parsed.auto,
+        wait_s=config.cluster.start_timeout_s if parsed.wait else None,
+    )
+    return run(config.cluster.name, order, _print)
+
+
+def run_decisions(config: TandemConfig, parsed: argparse.Namespace) -> int:
+    from deploy.decisions import DecisionsView, run
+
+    view = DecisionsView(max(0, parsed.after), parsed.follow, parsed.json)
+    return run(config.cluster.name, view, _print)
+
+
+def run_replay(config: TandemConfig, parsed: argparse.Namespace) -> int:
+    from deploy.replay import run
+
+    return run(parsed.file, config.autoscaler, parsed.rerun, _print)
+
+
+def run_calibrate(config: TandemConfig, parsed: argparse.Namespace) -> int:
+    from autoscaler.calibration import Objectives
+    from deploy.calibrate import CalibrationPlan, run
+
+    plan = CalibrationPlan(
+        parsed.total,
+        Objectives(parsed.slo_ttft, parsed.slo_tbt),
+        parsed.input_tokens,
+        parsed.output_tokens,
+        parsed.duration,
+        parsed.config_out,
+        parsed.plot or parsed.config_out.with_suffix(".svg"),
+    )
+    return run(config, plan, _print)
 
 
 def run_down(config: TandemConfig, parsed: argparse.Namespace) -> int:
@@ -144,6 +227,10 @@ def _stay_up(deployment: Any) -> int:
 def _report(error: TandemError) -> int:
     print(f"tandem: error: {error}", file=sys.stderr, flush=True)
     return 1
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 def _say(line: str) -> None:

@@ -1,7 +1,6 @@
 """`tandem demo`: replays a slice of a real trace against a deployment and reports."""
 
 import asyncio
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ import httpx
 from rich.progress import Progress
 
 from cluster.config import TandemConfig
-from cluster.errors import Unavailable
+from deploy.client import context_of, stream
 from deploy.report import Replayed, faults, rows
 from deploy.trace import (
     AZURE_CONVERSATIONS,
@@ -48,7 +47,7 @@ class _Send:
 
 def run(config: TandemConfig, url: str, plan: DemoPlan) -> int:
     """Replay, print the report, return the exit status: 1 if anything was lost or wasted."""
-    sends = prepare(config, plan, _context_of(url))
+    sends = prepare(config, plan, context_of(url))
     print(f"replaying {len(sends)} requests over {sends[-1].at_s:.0f} s", flush=True)
     started_at = time.monotonic()
     replayed = asyncio.run(_replay(config.model.name, url, sends))
@@ -76,14 +75,6 @@ def prepare(config: TandemConfig, plan: DemoPlan, context: int) -> list[_Send]:
     ]
 
 
-def _context_of(url: str) -> int:
-    try:
-        models = httpx.get(f"{url}/v1/models", timeout=10.0).raise_for_status().json()
-        return int(models["data"][0]["max_model_len"])
-    except (httpx.HTTPError, ValueError, KeyError) as error:
-        raise Unavailable(f"{url}/v1/models: {error}") from None
-
-
 async def _replay(model: str, url: str, sends: Sequence[_Send]) -> list[Replayed]:
     """Send every request at its time, whatever became of those before it."""
     limits = httpx.Limits(max_connections=len(sends))
@@ -105,51 +96,13 @@ async def _one(
     replayed = Replayed(send.prompt_tokens, send.output_tokens, started_at + send.at_s)
     await asyncio.sleep(replayed.scheduled_at - time.monotonic())
     try:
-        exchange_id = await _stream(client, model, send, replayed)
+        exchange_id = await stream(client, model, send.prompt, replayed)
         record = await client.get(f"/admin/requests/{exchange_id}")
         replayed.record = record.json() if record.status_code == 200 else None
     except (httpx.HTTPError, ValueError, KeyError) as error:
         replayed.error = f"{type(error).__name__}: {error}"
     advance()
     return replayed
-
-
-async def _stream(client: httpx.AsyncClient, model: str, send: _Send, replayed: Replayed) -> str:
-    """Receive one completion; return the id under which the router recorded it."""
-    body = {
-        "model": model,
-        "prompt": send.prompt,
-        "max_tokens": send.output_tokens,
-        "ignore_eos": True,
-        "temperature": 0.0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    is_complete = False
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            text = (await response.aread()).decode(errors="replace")
-            replayed.error = f"HTTP {response.status_code}: {text[:300]}"
-        async for line in response.aiter_lines():
-            is_complete = is_complete or line == "data: [DONE]"
-            if line.startswith("data: {"):
-                _take(json.loads(line.removeprefix("data: ")), replayed)
-        exchange_id: str = response.headers["x-request-id"]
-    if not is_complete and replayed.error is None:
-        replayed.error = "the stream broke off"
-    return exchange_id
-
-
-def _take(chunk: dict[str, Any], replayed: Replayed) -> None:
-    if "error" in chunk:
-        replayed.error = str(chunk["error"])
-    elif chunk.get("usage"):
-        replayed.received_tokens = chunk["usage"]["completion_tokens"]
-        got = chunk["usage"]["prompt_tokens"]
-        if got != replayed.prompt_tokens:
-            replayed.error = f"{got} prompt tokens counted, {replayed.prompt_tokens} sent"
-    if chunk.get("choices"):
-        replayed.token_times.append(time.monotonic())
 
 
 class _Progress:

@@ -12,13 +12,18 @@ _MAX_RECOMPUTED = 1
 
 @dataclass(slots=True)
 class Replayed:
-    """One request as the client saw it, and the router's record of it."""
+    """One request as the client saw it, and the router's record of it.
+
+    `token_times` is when answers with tokens came, `token_counts` the tokens received by then.
+    """
 
     prompt_tokens: int
     output_tokens: int
     scheduled_at: float
     token_times: list[float] = field(default_factory=list)
+    token_counts: list[int] = field(default_factory=list)
     received_tokens: int = 0
+    is_over: bool = False
     error: str | None = None
     record: Mapping[str, Any] | None = None
 

@@ -41,7 +41,12 @@ class Session:
     @property
     def worker_environment(self) -> dict[str, str]:
         """What router replicas and workers get on any cluster."""
-        return child_environment(self.mark) | _QUIET
+        return cluster_environment(self.mark)
+
+
+def cluster_environment(mark: str) -> dict[str, str]:
+    """Return the environment of every process of the deployment with this mark."""
+    return child_environment(mark) | _QUIET
 
 
 def open_session(config: TandemConfig) -> Session:

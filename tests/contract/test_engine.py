@@ -25,7 +25,7 @@ from tests.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-LEASE_S, STALL_S = 6.0, 2.0
+LEASE_S, STALL_S = 6.0, 3.2
 HANDOFF = {"lease_s": LEASE_S, "stall_timeout_s": STALL_S, "chunk_bytes": 1 << 16}
 # Nobody listens on this port; connecting to it waits without an error.
 NOWHERE = "tcp://127.0.0.1:9"

@@ -1,12 +1,11 @@
 """The closed loop on real workers: one signal sizes both pools, and no request notices."""
 
-import asyncio
 import threading
 from typing import Any
 
 import pytest
 
-from tests.paced_load import LoadReport, paced_load
+from tests.background_load import BackgroundLoad
 from tests.served import Served, tandem, wait_until
 
 pytestmark = pytest.mark.e2e
@@ -33,13 +32,18 @@ AUTOSCALER: dict[str, Any] = {
 def test_both_pools_follow_decode_tps_up_and_down_without_a_failed_request() -> None:
     with tandem("test-autoscaling", cluster__warmup=True, **AUTOSCALER) as served:
         assert pool_sizes(served) == (1, 1)
-        with LoadInBackground(served) as load:
+        is_falling = threading.Event()
+
+        def rate(elapsed_s: float) -> float:
+            return LOW_RATE if elapsed_s < LOW_S or is_falling.is_set() else HIGH_RATE
+
+        with BackgroundLoad(served, rate, PROMPT_TOKENS, OUTPUT_TOKENS) as load:
             wait_until(lambda: pool_sizes(served) == (2, 2), LOW_S + HIGH_S, "2P2D")
-            load.is_falling.set()
+            is_falling.set()
             wait_until(lambda: pool_sizes(served) == (1, 1), 120, "1P1D again")
         decisions = served.client.get("/admin/decisions?limit=1000").json()["decisions"]
-    assert load.report.failures == []
-    assert load.report.num_sent > 30
+    assert load.result().failures == []
+    assert load.result().num_sent > 30
     steps = [record["decision"] for record in decisions if record["decision"]["action"] != "hold"]
     assert [(step["action"], step["driver"]) for step in steps] == [
         ("out", "signal"),
@@ -53,37 +57,3 @@ def pool_sizes(served: Served) -> tuple[int, int]:
     """Return how many prefill and decode workers the router may use."""
     roles = [w["role"] for w in served.workers().values() if w["state"] == "ready"]
     return roles.count("prefill"), roles.count("decode")
-
-
-class LoadInBackground:
-    """Load that rises after a while and falls when told to; it ends with the block."""
-
-    def __init__(self, served: Served) -> None:
-        self.is_falling = threading.Event()
-        self._is_over = threading.Event()
-        self._served = served
-        self._thread = threading.Thread(target=self._run)
-
-    def _rate(self, elapsed_s: float) -> float:
-        is_low = elapsed_s < LOW_S or self.is_falling.is_set()
-        return LOW_RATE if is_low else HIGH_RATE
-
-    def _run(self) -> None:
-        self.report: LoadReport = asyncio.run(
-            paced_load(
-                self._served.url,
-                self._served.model,
-                self._rate,
-                PROMPT_TOKENS,
-                OUTPUT_TOKENS,
-                is_over=self._is_over.is_set,
-            )
-        )
-
-    def __enter__(self) -> "LoadInBackground":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self._is_over.set()
-        self._thread.join(180.0)

@@ -46,6 +46,7 @@ VLLM = {
 
 # Decisions: synchronous, from their arguments alone.
 PURE = {
+    "autoscaler/calibration.py",
     "autoscaler/decision.py",
     "autoscaler/demand.py",
     "autoscaler/laws.py",
@@ -53,6 +54,7 @@ PURE = {
     "autoscaler/plan.py",
     "autoscaler/policy.py",
     "autoscaler/ratio.py",
+    "autoscaler/serve_pools.py",
     "autoscaler/signals.py",
     "autoscaler/windows.py",
     "cluster/candidates.py",

@@ -6,9 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 import ray
+from ray import serve
 from ray.cluster_utils import Cluster
+from ray.util.placement_group import placement_group_table
 
 from cluster.ray_plane import NAMESPACE
+from deploy.ports import free_port
+from deploy.serve_app import build
 from tests.integration.deploy.launcher import STOP_S, Launcher, serving, wait_until
 from tests.integration.deploy.test_lifecycle import name
 
@@ -61,6 +65,25 @@ def test_down_removes_what_a_killed_launcher_left_in_the_cluster(cluster: Cluste
         assert time.monotonic() - started_at < 2 * STOP_S
         assert actors() == []
         wait_until(lambda: footprint.leftovers() == [], 5.0, "nothing of ours is left")
+
+
+def test_an_app_that_serve_deploys_brings_its_controller_and_takes_it_along(
+    cluster: Cluster,
+) -> None:
+    deployment = name("app")
+    model = {"engine": "simulated", "max_model_len": 512, "block_size": 16}
+    app = build({"cluster": {"name": deployment}, "model": model})
+    serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
+    serve.run(app, name=deployment, route_prefix="/", _local_testing_mode=False)
+    try:
+        ours = [f"{deployment}-{part}" for part in ("controller", "decode-1", "prefill-1")]
+        wait_until(lambda: actors() == ours, 60.0, "controller and workers")
+    finally:
+        serve.delete(deployment)
+    wait_until(lambda: actors() == [], 30.0, "everything is gone with the app")
+    groups = placement_group_table().values()
+    assert {group["state"] for group in groups} <= {"REMOVED"}
+    serve.shutdown()
 
 
 def test_no_cluster_there_is_one_clear_line() -> None:

@@ -34,7 +34,7 @@ def test_serves_refuses_what_collides_and_ctrl_c_leaves_nothing() -> None:
 
         status = launcher.run("status")
         assert status.returncode == 0, status.stderr
-        assert "healthy" in status.stdout and "decode-1   ready" in status.stdout
+        assert "healthy" in status.stdout and "decode-1   decode   ready" in status.stdout
 
         same_name = launcher.run("serve", "--simulated", "--port", "1")
         assert same_name.returncode == 1

@@ -1,0 +1,1 @@
+"""The Serve policy under a real Ray Serve."""
