@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import pytest
@@ -110,14 +110,17 @@ LONG_FUNCTIONS: dict[str, str] = {}
 BAD_SUFFIXES = ("Manager", "Handler", "Helper", "Util", "Utils", "Base", "Info", "Impl")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Source:
     """One file of the tree, parsed."""
 
     path: str
     text: str
     tree: ast.Module
-    nodes: tuple[ast.AST, ...]
+
+    @cached_property
+    def nodes(self) -> tuple[ast.AST, ...]:
+        return tuple(ast.walk(self.tree))
 
     @property
     def part(self) -> str:
@@ -141,7 +144,7 @@ class Source:
 def _parse(path: Path) -> Source:
     text = path.read_text()
     tree = ast.parse(text)
-    return Source(str(path.relative_to(ROOT)), text, tree, tuple(ast.walk(tree)))
+    return Source(str(path.relative_to(ROOT)), text, tree)
 
 
 @cache

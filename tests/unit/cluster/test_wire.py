@@ -105,7 +105,7 @@ def test_every_kind_of_the_plane_is_tried() -> None:
     assert set(KINDS) == set(CODEC._tags)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(st.binary(max_size=64))
 @example(b"")
 @example(b"\x93")
@@ -115,7 +115,7 @@ def test_arbitrary_bytes_are_refused_or_valid(frame: bytes) -> None:
     decode_or_refuse(frame)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(MESSAGES, st.data())
 def test_mutated_frames_are_refused_or_valid(message: Any, data: st.DataObject) -> None:
     frame = bytearray(CODEC.encode(message))
@@ -131,7 +131,7 @@ def test_mutated_frames_are_refused_or_valid(message: Any, data: st.DataObject) 
     decode_or_refuse(bytes(frame))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | INTS | FLOATS | st.text(ALPHABET) | st.binary(max_size=4),

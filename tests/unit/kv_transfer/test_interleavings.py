@@ -139,7 +139,7 @@ def _duplicate(queue: "deque[Item]", index: int) -> None:
         queue.append(queue[index % len(queue)])
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(STEPS)
 def test_every_handoff_ends_once_and_right(steps: list[tuple[str, int]]) -> None:
     world = World()
