@@ -126,7 +126,8 @@ test: system-deps lint unit ## lint, then every test that needs no GPU (at most 
 	$(PYTEST) $(TIERS) -m "not full" $(ARGS)
 
 .PHONY: test-full
-test-full: system-deps lint unit ## the same with the long tests (fuzzing, soak, full matrices)
+test-full: system-deps lint ## the same with the long tests, properties tried 500 times each
+	$(PYTEST) tests/unit --hypothesis-profile=full $(ARGS)
 	$(PYTEST) $(TIERS) $(ARGS)
 
 .PHONY: bench

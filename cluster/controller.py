@@ -84,7 +84,8 @@ class Controller:
         self._placer = placer
         self._unplaced: tuple[str, ...] = ()
         self._placed_at = 0.0
-        self._yielded = Counts()
+        self._given_up: dict[str, Counts] = {}
+        self._ceilings: dict[Role, int] = {}
         self._yielded_at = 0.0
         self._config = config
         self._parts = parts
@@ -169,7 +170,7 @@ class Controller:
                 "decode": config.decode.gpus_per_worker,
             },
             "workers": self._workforce.describe(),
-            "unplaced": list(self._unplaced),
+            "unplaced": [*self._yields(), *self._unplaced],
             "events": list(self._events),
             "failed_starts": {r.value: t.reason for r, t in observed.failed_starts.items()},
             "failed_proofs": {"->".join(p): t.reason for p, t in observed.failed_proofs.items()},
@@ -304,7 +305,7 @@ class Controller:
         orders = await asyncio.to_thread(self._placer.plan, workers, wanted, self._placed_at)
         self._give_up(orders)
         for worker_id in orders.stranded:
-            self._workforce.stop(worker_id, "the node it was to start on is gone", False)
+            self._workforce.give_up_claim(worker_id, "the node it was to start on is gone")
         if orders.unplaced != self._unplaced:
             self._unplaced = orders.unplaced
             for reason in orders.unplaced:
@@ -317,21 +318,35 @@ class Controller:
             start = next(each for each in waiting if each.role is slot.role)
             waiting.remove(start)
             self._workforce.start(start.role, start.is_spare, slot.node_id)
+        left = Counts.count(start.role for start in waiting)
+        await asyncio.to_thread(self._placer.record, self._workforce.placed(), left, self.now())
 
     def _give_up(self, orders: Orders) -> None:
         """Let workers go that a service of higher priority needs the room of, for a while."""
         if self.now() - self._yielded_at > YIELD_S:
-            self._yielded = Counts()
+            self._given_up, self._ceilings = {}, {}
+        sizes = self._allowed_sizes()
         for worker_id, reason in orders.victims:
             role = self._workforce.give_up(worker_id, reason)
-            self._yielded += Counts.one(role)
+            if role is None:
+                continue
+            self._ceilings[role] = sizes[role] = max(0, sizes[role] - 1)
+            self._given_up[reason] = self._given_up.get(reason, Counts()) + Counts.one(role)
             self._yielded_at = self.now()
+
+    def _allowed_sizes(self) -> dict[Role, int]:
+        return {role: min(n, self._ceilings.get(role, n)) for role, n in self._sizes.items()}
+
+    def _yields(self) -> list[str]:
+        """Return why the pools are kept below their sizes, if they are."""
+        if self._allowed_sizes() == self._sizes:
+            return []
+        return [f"{size} given up: {reason}" for reason, size in self._given_up.items()]
 
     def _desired(self) -> Desired:
         cluster, autoscaler = self._config.cluster, self._config.autoscaler
-        sizes = {role: max(0, n - self._yielded.of(role)) for role, n in self._sizes.items()}
         return Desired(
-            sizes,
+            self._allowed_sizes(),
             cluster.warmup,
             cluster.standby,
             autoscaler.scaled(autoscaler.soft_in_s),

@@ -3,18 +3,23 @@
 Each controller writes down its service, its workers and what it lacks, reads what the others
 wrote, and runs the same pure cycle (`cluster/placement.py`) over all of it. It carries out only
 its own part: it starts its workers where the cycle puts them, and gives up its own where a
-service of higher priority needs the room.
+service of higher priority needs the room. They take turns, and each writes down what it was
+given before the next one plans, so that no room is given away twice and nobody gives up more
+than is needed.
 """
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, Self
 
 from cluster.controller_store import KeyValueStore
 from cluster.names import Role, WorkerId
 from cluster.packing import Slot
-from cluster.placement import Direction, Request, cycle
+from cluster.placement import Direction, Plan, Request, cycle
 from cluster.service import Counts, DeployGroup, PlacedWorker, RoleNeed, Service, Tenure
 from cluster.service import deploy_groups as groups_of
 from cluster.topology import Level, Node, Topology
@@ -22,6 +27,10 @@ from cluster.topology import Level, Node, Topology
 PREFIX = "tandem-services/"
 # A controller writes every few seconds; one that has stopped cannot give anything up.
 STALE_S = 15.0
+TURN_KEY = "tandem-placement-turn"
+# A plan takes less than this; one that has not ended by then died with its controller.
+TURN_S = 5.0
+_TURN_POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +49,26 @@ class Placer(Protocol):
         """Return this deployment's orders; blocks on the cluster's state. `now` is Unix time."""
         ...
 
+    def record(self, workers: Sequence[PlacedWorker], wanted: Counts, now: float) -> None:
+        """Tell the others of the workers that have been started, and what is still wanted."""
+        ...
+
     def withdraw(self) -> None:
         """Forget this deployment's needs."""
+        ...
+
+
+class Inventory(Protocol):
+    """The cluster as it is at this moment; calls block."""
+
+    def nodes(self) -> Iterable[Node]: ...
+
+    def held(self) -> Collection[str]:
+        """Return the full names of workers whose resources have been taken from their nodes."""
+        ...
+
+    def ask_for(self, needs: Sequence[RoleNeed]) -> None:
+        """Have the cluster grow until a worker of each of these fits beside the others."""
         ...
 
 
@@ -76,11 +103,37 @@ class Needs:
             Counts(**document["wanted"]),
         )
 
-    def bundles(self) -> list[dict[str, float]]:
+    def each(self) -> list[RoleNeed]:
         """Return what each of the service's workers takes, those it lacks included."""
         roles = [worker.role for worker in self.workers]
         roles += [role for role in Role for _ in range(self.wanted.of(role))]
-        return [bundle_of(self.service.need(role)) for role in roles]
+        return [self.service.need(role) for role in roles]
+
+    def seen(self, held: Collection[str]) -> tuple[PlacedWorker, ...]:
+        """Return the workers, with what the cluster knows better than the one who wrote: who
+        has got its resources by now, and who has given them back."""
+        return tuple(
+            replace(worker, tenure=Tenure.HELD)
+            if worker.tenure is Tenure.CLAIMED and is_held
+            else worker
+            for worker in self.workers
+            if (is_held := worker_name(self.service.name, worker.worker_id) in held)
+            or worker.tenure is Tenure.CLAIMED
+        )
+
+    def given(self, slots: Iterable[Slot]) -> "Needs":
+        """Return the needs once these slots, whose workers have no names yet, are taken."""
+        claims = tuple(
+            PlacedWorker(WorkerId(f"claim-{number}"), slot.role, slot.node_id, Tenure.CLAIMED)
+            for number, slot in enumerate(slots)
+        )
+        left = self.wanted - Counts.count(claim.role for claim in claims)
+        return replace(self, workers=self.workers + claims, wanted=left)
+
+
+def worker_name(deployment: str, worker_id: WorkerId) -> str:
+    """Return the worker's name in the cluster."""
+    return f"{deployment}-{worker_id}"
 
 
 def bundle_of(need: RoleNeed) -> dict[str, float]:
@@ -99,51 +152,73 @@ def _placed_worker(document: Mapping[str, Any]) -> PlacedWorker:
 
 
 class SharedPlacer:
-    """Plans for `service` among all services whose needs are in `store`.
+    """Plans for `service` among all services whose needs are in `store`."""
 
-    `nodes` returns the cluster's nodes as they are; `ask_for` is given the resources of every
-    worker there is and should be, whenever some have no room.
-    """
-
-    def __init__(
-        self,
-        service: Service,
-        store: KeyValueStore,
-        nodes: Callable[[], Iterable[Node]],
-        ask_for: Callable[[list[dict[str, float]]], None],
-    ) -> None:
+    def __init__(self, service: Service, store: KeyValueStore, inventory: Inventory) -> None:
         self._service = service
         self._store = store
-        self._nodes = nodes
-        self._ask_for = ask_for
+        self._inventory = inventory
         self._key = PREFIX + service.name
         self._is_asking = False
 
     def plan(self, workers: Sequence[PlacedWorker], wanted: Counts, now: float) -> Orders:
         own = Needs(now, self._service, tuple(workers), wanted)
-        self._store.put(self._key, own.as_json())
-        everyone = [own, *self._others(now)]
-        topology = Topology(self._nodes())
+        with self._turn(now):
+            everyone = [own, *self._others(now)]
+            topology = Topology(self._inventory.nodes())
+            plan = self._cycle(topology, everyone)
+            mine = [p.slots for p in plan.placements if p.service == self._service.name]
+            slots = tuple(itertools.chain.from_iterable(mine))
+            self._write(own.given(slots))
+        self._ask_for_nodes(everyone, has_unplaced=bool(plan.unplaced))
+        return self._orders(plan, slots, own, topology)
+
+    def record(self, workers: Sequence[PlacedWorker], wanted: Counts, now: float) -> None:
+        self._write(Needs(now, self._service, tuple(workers), wanted))
+
+    def withdraw(self) -> None:
+        self._store.delete(self._key)
+
+    @contextmanager
+    def _turn(self, now: float) -> Iterator[None]:
+        """Keep the others from planning."""
+        started_s = time.monotonic()
+        while not self._store.put_new(TURN_KEY, str(now).encode()):
+            since = self._store.get(TURN_KEY)
+            waited_s = time.monotonic() - started_s
+            if since is not None and now + waited_s - float(since) > TURN_S:
+                self._store.delete(TURN_KEY)
+            time.sleep(_TURN_POLL_S)
+        try:
+            yield
+        finally:
+            self._store.delete(TURN_KEY)
+
+    def _cycle(self, topology: Topology, everyone: Sequence[Needs]) -> Plan:
+        held = self._inventory.held()
         groups: list[DeployGroup] = []
         for needs in everyone:
-            groups += groups_of(topology, needs.service, needs.workers)
+            groups += groups_of(topology, needs.service, needs.seen(held))
         requests = [Request(Direction.OUT, n.service, n.wanted) for n in everyone if n.wanted]
-        plan = cycle(topology, groups, requests)
-        self._ask_for_nodes(everyone, has_unplaced=bool(plan.unplaced))
+        return cycle(topology, groups, requests)
+
+    def _orders(
+        self, plan: Plan, slots: tuple[Slot, ...], own: Needs, topology: Topology
+    ) -> Orders:
         name = self._service.name
         return Orders(
-            tuple(slot for p in plan.placements if p.service == name for slot in p.slots),
+            slots,
             tuple(unplaced.reason for unplaced in plan.unplaced if unplaced.service == name),
             tuple((v, d.reason) for d in plan.degradations if d.service == name for v in d.victims),
             tuple(
                 worker.worker_id
-                for worker in workers
+                for worker in own.workers
                 if worker.tenure is Tenure.CLAIMED and worker.node_id not in topology.nodes
             ),
         )
 
-    def withdraw(self) -> None:
-        self._store.delete(self._key)
+    def _write(self, needs: Needs) -> None:
+        self._store.put(self._key, needs.as_json())
 
     def _others(self, now: float) -> list[Needs]:
         keys = [key for key in sorted(self._store.keys(PREFIX)) if key != self._key]
@@ -152,7 +227,8 @@ class SharedPlacer:
         return [needs for needs in found if now - needs.at < STALE_S]
 
     def _ask_for_nodes(self, everyone: Sequence[Needs], has_unplaced: bool) -> None:
+        """Say what every worker there is and should be takes, while some have no room."""
         if has_unplaced or self._is_asking:
             self._is_asking = has_unplaced
-            bundles = [bundle for needs in everyone for bundle in needs.bundles()]
-            self._ask_for(bundles if has_unplaced else [])
+            needs = [need for each in everyone for need in each.each()]
+            self._inventory.ask_for(needs if has_unplaced else [])

@@ -6,7 +6,7 @@ is in Ray's own store once somebody asks it for something, which routers do ever
 """
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
@@ -19,11 +19,11 @@ from cluster.controller import Controller
 from cluster.controller_store import ControllerStore
 from cluster.load import RouterLoad
 from cluster.names import Role, WorkerId
-from cluster.placer import SharedPlacer, bundle_of
+from cluster.placer import SharedPlacer, bundle_of, worker_name
 from cluster.ray_store import RayStore
-from cluster.service import Counts, pool_need, service_of
+from cluster.service import Counts, RoleNeed, pool_need, service_of
 from cluster.snapshot import WorkerEntry
-from cluster.topology import Node, nodes_from_ray
+from cluster.topology import Node, gpu_type_label, nodes_from_ray
 from cluster.worker_actor import WorkerActor
 from cluster.worker_spec import Parts, Seat, WorkerSpec
 
@@ -115,16 +115,29 @@ class RayLauncher:
         return RayWorker(actor, ray.util.get_placement_group(name))
 
     def _name(self, worker_id: WorkerId) -> str:
-        return f"{self._config.cluster.name}-{worker_id}"
+        return worker_name(self._config.cluster.name, worker_id)
 
 
-def _ray_nodes() -> tuple[Node, ...]:
-    return nodes_from_ray(ray.nodes(), ray._private.state.available_resources_per_node())
+class RayInventory:
+    """Fills `placer.Inventory` from what Ray's head knows."""
 
+    def nodes(self) -> tuple[Node, ...]:
+        return nodes_from_ray(ray.nodes(), ray._private.state.available_resources_per_node())
 
-def _ask_for(bundles: list[dict[str, float]]) -> None:
-    """Have Ray's autoscaler, where there is one, add nodes until all of this fits."""
-    request_resources(bundles=bundles)
+    def held(self) -> set[str]:
+        groups = ray.util.placement_group_table().values()
+        return {group["name"] for group in groups if group["state"] == "CREATED"}
+
+    def ask_for(self, needs: Sequence[RoleNeed]) -> None:
+        """Ask Ray's autoscaler, where there is one. Only its version 2 heeds GPU types."""
+        label = gpu_type_label(ray.nodes())
+        request_resources(
+            bundles=[bundle_of(need) for need in needs],
+            bundle_label_selectors=[
+                {label: f"in({','.join(need.gpu_types)})"} if need.gpu_types else {}
+                for need in needs
+            ],
+        )
 
 
 class ControllerActor:
@@ -148,7 +161,7 @@ class ControllerActor:
         values = RayStore()
         store = ControllerStore(values, config.cluster.name)
         service = service_of(config, Counts(*config.autoscaler.ratio_pair))
-        placer = SharedPlacer(service, values, _ray_nodes, _ask_for)
+        placer = SharedPlacer(service, values, RayInventory())
         self._controller = Controller(config, parts, launcher, store, bind_host, placer)
         self._loop: asyncio.Task[None] | None = None
 

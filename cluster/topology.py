@@ -103,6 +103,12 @@ class Topology:
         return self._values[node_id]
 
 
+def gpu_type_label(documents: Iterable[Mapping[str, Any]]) -> str:
+    """Return the label that tells GPU types in this cluster: ours where any node has it."""
+    has_ours = any(GPU_TYPE_LABEL in document["Labels"] for document in documents)
+    return GPU_TYPE_LABEL if has_ours else _RAY_GPU_TYPE_LABEL
+
+
 def nodes_from_ray(
     documents: Iterable[Mapping[str, Any]],
     available: Mapping[str, Mapping[str, float]],

@@ -257,10 +257,23 @@ class Workforce:
         if reason:
             self._note(f"{worker_id} becomes a {role} worker: {reason}")
 
-    def give_up(self, worker_id: WorkerId, reason: str) -> Role:
-        """Let a worker go without an observation period; return its role."""
-        self.enter(worker_id, WorkerState.DRAINING, reason)
-        return self._members[worker_id].role
+    def give_up(self, worker_id: WorkerId, reason: str) -> Role | None:
+        """Let a worker go without an observation period; return its role, None if it has gone
+        since that was decided."""
+        member = self._members.get(worker_id)
+        if member is None or member.state is WorkerState.STOPPING:
+            return None
+        if member.state in _UP:
+            self.enter(worker_id, WorkerState.DRAINING, reason)
+        else:
+            self.stop(worker_id, reason, is_failure=False)
+        return member.role
+
+    def give_up_claim(self, worker_id: WorkerId, reason: str) -> None:
+        """Stop a worker that waits for its node, unless that was done already."""
+        member = self._members.get(worker_id)
+        if member is not None and member.state is WorkerState.PENDING:
+            self.stop(worker_id, reason, is_failure=False)
 
     # Losing a worker.
 
