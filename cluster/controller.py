@@ -303,6 +303,7 @@ class Controller:
         wanted = Counts.count(start.role for start in starts)
         workers = self._workforce.placed()
         orders = await asyncio.to_thread(self._placer.plan, workers, wanted, self._placed_at)
+        self._workforce.value_nodes(orders.values)
         self._give_up(orders)
         for worker_id in orders.stranded:
             self._workforce.give_up_claim(worker_id, "the node it was to start on is gone")
@@ -326,6 +327,8 @@ class Controller:
         if self.now() - self._yielded_at > YIELD_S:
             self._given_up, self._ceilings = {}, {}
         sizes = self._allowed_sizes()
+        if orders.is_pressed:
+            self._workforce.end_observation("a deployment of higher priority waits for the room")
         for worker_id, reason in orders.victims:
             role = self._workforce.give_up(worker_id, reason)
             if role is None:

@@ -11,9 +11,9 @@ than is needed.
 import itertools
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, Self
 
 from cluster.controller_store import KeyValueStore
@@ -22,6 +22,7 @@ from cluster.packing import Slot
 from cluster.placement import Direction, Plan, Request, cycle
 from cluster.service import Counts, DeployGroup, PlacedWorker, RoleNeed, Service, Tenure
 from cluster.service import deploy_groups as groups_of
+from cluster.shortage import Cause
 from cluster.topology import Level, Node, Topology
 
 PREFIX = "tandem-services/"
@@ -31,17 +32,25 @@ TURN_KEY = "tandem-placement-turn"
 # A plan takes less than this; one that has not ended by then died with its controller.
 TURN_S = 5.0
 _TURN_POLL_S = 0.02
+# A service too large for the cluster may still use what is leaving.
+_MAY_WAIT = (Cause.LEAVING, Cause.SERVICE_TOO_LARGE)
 
 
 @dataclass(frozen=True, slots=True)
 class Orders:
     """One deployment's part of a cycle: places for new workers, why others found none, its
-    workers that have to go, each with the reason, and those that wait for a node that is gone."""
+    workers that have to go, each with the reason, and those that wait for a node that is gone.
+
+    `is_pressed`: a service of higher priority waits for workers that are leaving.
+    `values` has the class of each node's network domain: the higher, the sooner to be freed.
+    """
 
     slots: tuple[Slot, ...] = ()
     unplaced: tuple[str, ...] = ()
     victims: tuple[tuple[WorkerId, str], ...] = ()
     stranded: tuple[WorkerId, ...] = ()
+    is_pressed: bool = False
+    values: Mapping[str, int] = field(default_factory=dict)
 
 
 class Placer(Protocol):
@@ -171,7 +180,7 @@ class SharedPlacer:
             slots = tuple(itertools.chain.from_iterable(mine))
             self._write(own.given(slots))
         self._ask_for_nodes(everyone, has_unplaced=bool(plan.unplaced))
-        return self._orders(plan, slots, own, topology)
+        return self._orders(plan, slots, own, topology, self._is_pressed(plan, everyone))
 
     def record(self, workers: Sequence[PlacedWorker], wanted: Counts, now: float) -> None:
         self._write(Needs(now, self._service, tuple(workers), wanted))
@@ -202,8 +211,18 @@ class SharedPlacer:
         requests = [Request(Direction.OUT, n.service, n.wanted) for n in everyone if n.wanted]
         return cycle(topology, groups, requests)
 
+    def _is_pressed(self, plan: Plan, everyone: Sequence[Needs]) -> bool:
+        waiting = {each.service for each in plan.unplaced if each.cause in _MAY_WAIT}
+        higher = [n.service for n in everyone if n.service.priority > self._service.priority]
+        return any(service.name in waiting for service in higher)
+
     def _orders(
-        self, plan: Plan, slots: tuple[Slot, ...], own: Needs, topology: Topology
+        self,
+        plan: Plan,
+        slots: tuple[Slot, ...],
+        own: Needs,
+        topology: Topology,
+        is_pressed: bool,
     ) -> Orders:
         name = self._service.name
         return Orders(
@@ -215,6 +234,8 @@ class SharedPlacer:
                 for worker in own.workers
                 if worker.tenure is Tenure.CLAIMED and worker.node_id not in topology.nodes
             ),
+            is_pressed,
+            {node_id: int(topology.value(node_id)) for node_id in topology.nodes},
         )
 
     def _write(self, needs: Needs) -> None:

@@ -101,7 +101,11 @@ class _Plan:
         return sorted(youngest_first, key=cost)
 
     def activate_standbys(self, role: Role) -> None:
-        standbys = self.free(self._observed.in_state(WorkerState.STANDBY))
+        standbys = [
+            worker
+            for worker in self.free(self._observed.in_state(WorkerState.STANDBY))
+            if self._desired.can_flip or worker.role is role
+        ]
         for worker in standbys[: max(0, self.num_missing[role])]:
             reason = f"standby activated: {self._why(role)}"
             self.take(worker, TakeRole(worker.worker_id, role, reason))

@@ -6,6 +6,8 @@ is in Ray's own store once somebody asks it for something, which routers do ever
 """
 
 import asyncio
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import TandemConfig
 from cluster.controller import Controller
 from cluster.controller_store import ControllerStore
+from cluster.errors import Fenced
 from cluster.load import RouterLoad
 from cluster.names import Role, WorkerId
 from cluster.placer import SharedPlacer, bundle_of, worker_name
@@ -27,8 +30,11 @@ from cluster.topology import Node, gpu_type_label, nodes_from_ray
 from cluster.worker_actor import WorkerActor
 from cluster.worker_spec import Parts, Seat, WorkerSpec
 
+logger = logging.getLogger(__name__)
+
 NAMESPACE = "tandem"
 FOLLOW_S = 0.5
+RESTART_PAUSE_S = 1.0
 # An app is gone when Serve has not listed it this often: it may be restarting.
 APP_POLL_S, APP_MISSES = 2.0, 3
 NODE_ID_LABEL = "ray.io/node-id"
@@ -169,16 +175,26 @@ class ControllerActor:
         """Start the loop unless it runs; a constructor has no event loop to start it in.
 
         Returns once earlier workers have been taken over: no answer is better than a wrong one.
+        Raises `Fenced` once a later controller has.
         """
         if self._loop is None:
-            self._loop = asyncio.create_task(self._controller.run())
+            self._loop = asyncio.create_task(self._run())
             if self._app_name is not None:
                 self._following = asyncio.create_task(self._end_with(self._app_name))
         office = asyncio.create_task(self._controller.in_office())
         await asyncio.wait([self._loop, office], return_when=asyncio.FIRST_COMPLETED)
         office.cancel()
-        if self._loop.done():
-            self._loop.result()
+        if self._controller.is_fenced:
+            raise Fenced("a later controller has taken over")
+
+    async def _run(self) -> None:
+        """Run the loop; if it breaks, end the process: Ray starts it again, from its notes."""
+        try:
+            await self._controller.run()
+        except Exception:
+            logger.exception("the controller's loop broke")
+            await asyncio.sleep(RESTART_PAUSE_S)
+            os._exit(1)
 
     async def follow(self, load: dict[str, Any], known_version: int) -> dict[str, Any]:
         """Take in a router's load; return the workers it may use and whether all is well.

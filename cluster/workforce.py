@@ -25,7 +25,7 @@ from cluster.service import PlacedWorker
 from cluster.snapshot import WorkerEntry
 from cluster.warmup import prove_handoff, warmup_prompt
 from cluster.worker_spec import Parts, Seat, WorkerSpec
-from cluster.worker_state import Observed, Pair, Trouble, WorkerState
+from cluster.worker_state import Observed, ObservedWorker, Pair, Trouble, WorkerState
 
 STOP_TIMEOUT_S = 4.0
 _ADOPTION_S = 5.0
@@ -58,6 +58,7 @@ class Workforce:
         self._members: dict[WorkerId, Member] = {}
         self._history = History()
         self._last_number = dict.fromkeys(Role, 0)
+        self._node_values: Mapping[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._context = zmq.asyncio.Context()
 
@@ -66,12 +67,20 @@ class Workforce:
     def observe(self) -> Observed:
         history = self._history
         return Observed(
-            tuple(member.observe() for member in self._members.values()),
+            tuple(self._observe(member) for member in self._members.values()),
             frozenset(history.proven),
             frozenset(history.testing),
             dict(history.failed_proofs),
             dict(history.failed_starts),
         )
+
+    def _observe(self, member: Member) -> ObservedWorker:
+        node = member.seat.node if member.seat else ""
+        return replace(member.observe(), value=self._node_values.get(node, 0))
+
+    def value_nodes(self, values: Mapping[str, int]) -> None:
+        """Take in what each node's network domain is worth; victims are chosen by it first."""
+        self._node_values = values
 
     def listing(self) -> list[WorkerEntry]:
         """Return the workers that routers may use."""
@@ -268,6 +277,12 @@ class Workforce:
         else:
             self.stop(worker_id, reason, is_failure=False)
         return member.role
+
+    def end_observation(self, reason: str) -> None:
+        """Have the workers that were taken out drain at once."""
+        for member in self._members.values():
+            if member.state is WorkerState.SOFT_OUT:
+                self.enter(member.worker_id, WorkerState.DRAINING, reason)
 
     def give_up_claim(self, worker_id: WorkerId, reason: str) -> None:
         """Stop a worker that waits for its node, unless that was done already."""

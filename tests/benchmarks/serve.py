@@ -20,9 +20,12 @@ from pathlib import Path
 import psutil
 
 from deploy.models.bench import ensure_bench_model
+from deploy.processes import find_marked
+from deploy.state import DeploymentState
 from tests.benchmarks.sections import table, write_section
 from tests.served import Served, monolith, tandem
 
+NAME = "bench"
 MODEL = Path(".cache/bench-model")
 PROMPT_LENGTHS = (128, 512, 1500)
 NUM_NEW_TOKENS = 32
@@ -67,14 +70,27 @@ def measure(served: Served, prompt: Sequence[int]) -> Timing:
     return Timing(stamps[0] - began, statistics.median(gaps))
 
 
-def proportional_bytes(served: Served) -> int:
-    """Return the PSS of the process tree: shared pages counted once."""
+def proportional_bytes(served: Served, deployment: str | None = None) -> int:
+    """Return the PSS of the process tree: shared pages counted once.
+
+    With the processes that carry the deployment's mark: engines are forked from the node's
+    template and are nobody's children here.
+    """
     root = psutil.Process(served.process.pid)
-    total = 0
-    for process in [root, *root.children(recursive=True)]:
-        rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-        total += 1024 * int(rollup.split("\nPss:")[1].split()[0])
-    return total
+    pids = {process.pid for process in (root, *root.children(recursive=True))}
+    if deployment is not None:
+        state = DeploymentState.read(deployment)
+        assert state is not None, f"{deployment} runs"
+        pids |= {process.pid for process in find_marked(state.mark)}
+    return sum(map(_proportional_bytes, pids))
+
+
+def _proportional_bytes(pid: int) -> int:
+    try:
+        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0  # it has ended since
+    return 1024 * int(rollup.split("\nPss:")[1].split()[0])
 
 
 def run(rounds: int, served: dict[str, Served]) -> dict[tuple[str, int], list[Timing]]:
@@ -130,8 +146,8 @@ def report(
         f" concurrency 1, {NUM_NEW_TOKENS} new tokens, {DTYPE}, chunk {CHUNK_TOKENS}, eager, no"
         f" prefix hits. Pinning: {pinned}, the monolithic engine on core 0; router, proxies and"
         " client float.\n\n"
-        f"Idle PSS of the process tree: 1P1D deployment {memory['tandem'] / 2**30:.2f} GiB"
-        f" (two engines, Ray, router, proxy), vLLM {memory['vllm'] / 2**30:.2f} GiB (one engine)."
+        f"Idle PSS of all processes: 1P1D deployment {memory['tandem'] / 2**30:.2f} GiB"
+        f" (two engines and their template, Ray, router, proxy), vLLM {memory['vllm'] / 2**30:.2f} GiB (one engine)."
         f"\n\nLimits: TTFT ratio at 1,500 tokens at most {TTFT_LIMIT}, ITL ratio at most"
         f" {ITL_LIMIT}: {'held' if is_within else 'NOT held'}."
     )
@@ -147,7 +163,7 @@ def main() -> int:
     model = ensure_bench_model(MODEL)
     with (
         tandem(
-            "bench",
+            NAME,
             model=model,
             model__dtype=DTYPE,
             model__max_model_len=MAX_MODEL_LEN,
@@ -166,7 +182,7 @@ def main() -> int:
         ) as theirs,
     ):
         served = {"tandem": ours, "vllm": theirs}
-        memory = {name: proportional_bytes(endpoint) for name, endpoint in served.items()}
+        memory = {"tandem": proportional_bytes(ours, NAME), "vllm": proportional_bytes(theirs)}
         return 0 if report(run(rounds, served), memory, pinning(ours)) else 1
 
 

@@ -1,6 +1,7 @@
 """Deployments that share a cluster: two controllers, one store, one inventory; no Ray."""
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -13,7 +14,7 @@ from cluster.config import TandemConfig, parse_config
 from cluster.controller import Controller
 from cluster.controller_store import ControllerStore
 from cluster.names import Role, WorkerId
-from cluster.placer import SharedPlacer, worker_name
+from cluster.placer import TURN_KEY, SharedPlacer, worker_name
 from cluster.service import Counts, RoleNeed, service_of
 from cluster.topology import Node, nodes_from_ray
 from cluster.worker_spec import Seat
@@ -42,11 +43,13 @@ class SeatedWorker(LocalWorker):
 class Inventory:
     """Nodes of `CPUS` cores, by name, with their labels; one core is taken by each worker.
 
-    `crowded` lists the nodes that at any moment were given more workers than they hold.
+    `crowded` lists the nodes that at any moment were given more workers than they hold. What is
+    reported is `delay_s` old.
     """
 
-    def __init__(self, labels: Mapping[str, Mapping[str, str]]) -> None:
+    def __init__(self, labels: Mapping[str, Mapping[str, str]], delay_s: float = 0.0) -> None:
         self._labels = labels
+        self._delay_s = delay_s
         self.workers: list[SeatedWorker] = []
         self.crowded: list[str] = []
         self.asked: list[int] = []
@@ -62,7 +65,9 @@ class Inventory:
             {"NodeID": name, "Alive": True, "Resources": {"CPU": CPUS}, "Labels": labels}
             for name, labels in self._labels.items()
         ]
-        return nodes_from_ray(documents, {name: {"CPU": self.free(name)} for name in self._labels})
+        free = {name: {"CPU": self.free(name)} for name in self._labels}
+        time.sleep(self._delay_s)  # in the planning thread
+        return nodes_from_ray(documents, free)
 
     def held(self) -> set[str]:
         return {worker.name for worker in self.alive() if worker.is_seated}
@@ -202,10 +207,24 @@ async def test_the_lower_priority_keeps_its_least_size(inventory: Inventory) -> 
 
 
 @pytest.mark.usefixtures("short_periods")
-async def test_deployments_that_start_together_share_without_crowding(
+async def test_a_higher_priority_does_not_wait_for_an_observation_period(
     inventory: Inventory,
 ) -> None:
     store = MemoryStore()
+    async with deployed(config("low", 4), inventory, store) as low:
+        await until(lambda: sizes(low) == pools(4, 4))
+        low.scale(pools(2, 2))
+        await until(lambda: list(states(low).values()).count("soft_out") == 4)
+        async with deployed(config("high", 2, priority=10), inventory, store) as high:
+            await until(lambda: sizes(high) == pools(2, 2))
+            assert sizes(low) == pools(2, 2)
+            assert unplaced(low) == []
+    assert inventory.crowded == []
+
+
+@pytest.mark.usefixtures("short_periods")
+async def test_deployments_that_start_together_share_without_crowding() -> None:
+    inventory, store = Inventory({"n1": {}, "n2": {}}, delay_s=0.05), MemoryStore()
     async with (
         deployed(config("low", 4), inventory, store) as low,
         deployed(config("high", 3, priority=10), inventory, store) as high,
@@ -242,3 +261,11 @@ async def test_a_node_with_an_unknown_label_takes_no_worker_and_is_named() -> No
         fault = "n2: unknown label tandem/S2 (nearest known label: tandem/s2)"
         assert f"(1 node left out: {fault})" in reason
         assert nodes_used(chat) == {"n1": CPUS}
+
+
+def test_the_turn_of_a_controller_that_died_ends(inventory: Inventory) -> None:
+    store, settings, now = MemoryStore(), config("chat", 1), time.time()
+    store.put(TURN_KEY, str(now - 60.0).encode())
+    placer = SharedPlacer(service_of(settings, Counts(1, 1)), store, inventory)
+    assert len(placer.plan([], Counts(1, 1), now).slots) == 2
+    assert store.get(TURN_KEY) is None

@@ -124,6 +124,12 @@ def test_standbys_come_after_the_pools() -> None:
     assert steps(sizes(1, 1), *ready, worker("d9", S.STANDBY)) == ["stop d9"]
 
 
+def test_a_standby_of_another_engine_configuration_stays_out() -> None:
+    workers = (worker("p1", S.READY), worker("d1", S.READY), worker("d2", S.STANDBY))
+    assert steps(sizes(2, 1, can_flip=False, standby=1), *workers) == ["start prefill"]
+    assert steps(sizes(1, 2, can_flip=False), *workers) == ["d2 becomes decode"]
+
+
 def test_a_pool_in_trouble_still_takes_what_needs_no_start() -> None:
     trouble = {DECODE: Trouble(3, NOW, "boom")}
     workers = (worker("p1", S.READY), worker("d1", S.READY), worker("d2", S.STANDBY))
