@@ -57,6 +57,10 @@ class PoolScaler(Protocol):
 
     def unpin(self) -> None: ...
 
+    def tick(self) -> object:
+        """Look at the load and decide if it is time to, or an order has come."""
+        ...
+
     def decisions(self, after: int, limit: int) -> list[dict[str, Any]]: ...
 
     @property
@@ -141,6 +145,8 @@ class Controller:
             self._scaler.unpin()
         else:
             self._scaler.pin(sizes, "by hand")
+            # A standby is to serve within a second: the order does not wait for the next sample.
+            self._scaler.tick()
 
     def decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
         return self._scaler.decisions(after, limit) if self._scaler else []

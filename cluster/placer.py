@@ -160,6 +160,14 @@ def _placed_worker(document: Mapping[str, Any]) -> PlacedWorker:
     return PlacedWorker(**{**document, **words})
 
 
+def _cycle(topology: Topology, everyone: Sequence[Needs], held: Collection[str]) -> Plan:
+    groups: list[DeployGroup] = []
+    for needs in everyone:
+        groups += groups_of(topology, needs.service, needs.seen(held))
+    requests = [Request(Direction.OUT, n.service, n.wanted) for n in everyone if n.wanted]
+    return cycle(topology, groups, requests)
+
+
 class SharedPlacer:
     """Plans for `service` among all services whose needs are in `store`."""
 
@@ -174,8 +182,10 @@ class SharedPlacer:
         own = Needs(now, self._service, tuple(workers), wanted)
         with self._turn(now):
             everyone = [own, *self._others(now)]
+            # Before the nodes: who gets its resources in between counts twice, not never.
+            held = self._inventory.held()
             topology = Topology(self._inventory.nodes())
-            plan = self._cycle(topology, everyone)
+            plan = _cycle(topology, everyone, held)
             mine = [p.slots for p in plan.placements if p.service == self._service.name]
             slots = tuple(itertools.chain.from_iterable(mine))
             self._write(own.given(slots))
@@ -202,14 +212,6 @@ class SharedPlacer:
             yield
         finally:
             self._store.delete(TURN_KEY)
-
-    def _cycle(self, topology: Topology, everyone: Sequence[Needs]) -> Plan:
-        held = self._inventory.held()
-        groups: list[DeployGroup] = []
-        for needs in everyone:
-            groups += groups_of(topology, needs.service, needs.seen(held))
-        requests = [Request(Direction.OUT, n.service, n.wanted) for n in everyone if n.wanted]
-        return cycle(topology, groups, requests)
 
     def _is_pressed(self, plan: Plan, everyone: Sequence[Needs]) -> bool:
         waiting = {each.service for each in plan.unplaced if each.cause in _MAY_WAIT}

@@ -147,7 +147,8 @@ def report(
         f" prefix hits. Pinning: {pinned}, the monolithic engine on core 0; router, proxies and"
         " client float.\n\n"
         f"Idle PSS of all processes: 1P1D deployment {memory['tandem'] / 2**30:.2f} GiB"
-        f" (two engines and their template, Ray, router, proxy), vLLM {memory['vllm'] / 2**30:.2f} GiB (one engine)."
+        " (two engines and their template, Ray, router, proxy), vLLM"
+        f" {memory['vllm'] / 2**30:.2f} GiB (one engine)."
         f"\n\nLimits: TTFT ratio at 1,500 tokens at most {TTFT_LIMIT}, ITL ratio at most"
         f" {ITL_LIMIT}: {'held' if is_within else 'NOT held'}."
     )

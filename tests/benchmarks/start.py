@@ -1,8 +1,9 @@
-"""`make bench-start`: the cold start of a worker over that of a plain `vllm serve`.
+"""`make bench-start`: how soon a worker serves: from nothing, from standby, from the other role.
 
-A worker of a running deployment is killed and its replacement timed, from the controller's
-decision to an engine that serves; in turn with it the same engine behind vLLM's own server, from
-its first process to its first healthy answer. Each on one core, the idle deployment beside both.
+Cold, over a plain `vllm serve`: a worker of a running deployment is killed and its replacement
+timed, from the controller's decision to an engine that serves; in turn with it the same engine
+behind vLLM's own server, from its first process to its first healthy answer. Each on one core,
+the idle deployment beside both. The other two are in `roles.py`.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from cluster.names import Role, WorkerId
 from cluster.worker_process import WorkerProcess
 from cluster.worker_spec import WorkerSpec
 from deploy.engines import ENGINES, ROLES
+from tests.benchmarks.roles import PERIOD_S, RoleTimes, time_roles
 from tests.benchmarks.sections import table, write_section
 from tests.served import monolith, tandem, wait_until
 
@@ -34,6 +36,13 @@ CHUNK_TOKENS = 2048
 KV_CACHE_GIB = 0.5
 REPLACED_WITHIN_S = 120.0
 LIMIT = 0.5
+ROLE_LIMIT_S = 1.0
+ENGINE: dict[str, Any] = {
+    "model__dtype": DTYPE,
+    "model__max_model_len": MAX_MODEL_LEN,
+    "model__chunk_tokens": CHUNK_TOKENS,
+    "model__kv_cache_gib": KV_CACHE_GIB,
+}
 
 
 def decode_worker() -> dict[str, Any] | None:
@@ -96,23 +105,42 @@ async def time_template(model: Path) -> tuple[float, float]:
     return taken[0], taken[1]
 
 
-def report(ours: list[float], theirs: list[float], template: tuple[float, float]) -> bool:
-    """Print and write the figures; return whether the limit holds."""
+def cold_start(ours: list[float], theirs: list[float]) -> tuple[str, bool]:
+    """Return the figures of cold starts, and whether their limit holds."""
     ratio = statistics.median(ours) / statistics.median(theirs)
     rows = [
         [name, f"{statistics.median(taken):.1f}", " ".join(f"{t:.1f}" for t in taken)]
         for name, taken in (("worker, from the template", ours), ("`vllm serve`", theirs))
     ]
-    held = "held" if ratio <= LIMIT else "NOT held"
-    body = table(["start", "median s", "each s"], rows) + (
-        f"\n\nRatio {ratio:.2f}, limit {LIMIT}: {held}. Both: bundled model, {DTYPE},"
+    is_held = ratio <= LIMIT
+    body = table(["cold start", "median s", "each s"], rows) + (
+        f"\n\nRatio {ratio:.2f}, limit {LIMIT}: {verdict(is_held)}. Both: bundled model, {DTYPE},"
         f" {KV_CACHE_GIB} GiB of KV cache, context {MAX_MODEL_LEN}, eager, pinned to one core,"
-        " beside an idle 1P1D deployment. The worker's time contains its Ray actor's start.\n\n"
-        f"The node's template, once per node: {template[0]:.1f} s from nothing to its first"
-        f" fork; a later fork {1e3 * template[1]:.0f} ms."
+        " beside an idle 1P1D deployment. The worker's time contains its Ray actor's start."
     )
-    write_section("start", "make bench-start", body)
-    return ratio <= LIMIT
+    return body, is_held
+
+
+def new_roles(times: RoleTimes) -> tuple[str, bool]:
+    """Return the figures of role changes, and whether their limit holds."""
+    named = (
+        ("prefill to decode", times.to_decode),
+        ("decode to prefill", times.to_prefill),
+        ("standby to decode", times.standby),
+    )
+    rows = [[name, f"{statistics.median(taken):.2f}", f"{max(taken):.2f}"] for name, taken in named]
+    is_held = max(max(taken) for _, taken in named) <= ROLE_LIMIT_S
+    body = table(["new role", "median s", "worst s"], rows) + (
+        f"\n\nLimit {ROLE_LIMIT_S:g} s: {verdict(is_held)}. Flips: from the old role's last request"
+        " done to the new role's first one done; standby: from the order given to the first"
+        f" request done. {len(times.standby)} times each, 2P1D and a standby, the same engines,"
+        f" a request every {PERIOD_S:g} s; none failed."
+    )
+    return body, is_held
+
+
+def verdict(is_held: bool) -> str:
+    return "held" if is_held else "NOT held"
 
 
 def main() -> int:
@@ -120,18 +148,19 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
     rounds = parser.parse_args().rounds
     template = asyncio.run(time_template(BUNDLED_MODEL))
-    with tandem(
-        NAME,
-        model__dtype=DTYPE,
-        model__max_model_len=MAX_MODEL_LEN,
-        model__chunk_tokens=CHUNK_TOKENS,
-        model__kv_cache_gib=KV_CACHE_GIB,
-    ):
+    with tandem(NAME, **ENGINE):
         ours, theirs = [], []
         for _ in range(rounds):
             ours.append(time_replacement())
             theirs.append(time_monolith(BUNDLED_MODEL))
-    return 0 if report(ours, theirs, template) else 1
+    cold, is_cold_held = cold_start(ours, theirs)
+    changes, are_changes_held = new_roles(time_roles(rounds, **ENGINE))
+    once = (
+        f"The node's template, once per node: {template[0]:.1f} s from nothing to its first"
+        f" fork; a later fork {1e3 * template[1]:.0f} ms."
+    )
+    write_section("start", "make bench-start", f"{cold}\n\n{once}\n\n{changes}")
+    return 0 if is_cold_held and are_changes_held else 1
 
 
 if __name__ == "__main__":
