@@ -127,6 +127,9 @@ def summarise(sizes: Sizes, measured: Sequence[Measurement], objectives: Objecti
         return SplitResult(
             sizes, best, f"{clients} clients: {' and '.join(edge.faults(objectives))}"
         )
+    if not _is_saturated(held):
+        most = max(m.clients for m in held)
+        return SplitResult(sizes, best, f"still growing at {most} clients, the most tried")
     return SplitResult(sizes, best, "saturated within the objectives")
 
 

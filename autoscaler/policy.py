@@ -1,9 +1,9 @@
 """One decision for both pools: snapshot and state in, sizes with their reasons out. Pure.
 
-One signal sizes the driving role and the ratio the other one. In order of precedence: limits that
-the present sizes break, sizes pinned by hand, fixed calendar windows, taking a scale-in back, and
-the load. Whoever calls this keeps the pools at the decided sizes; dead workers are not its
-business.
+One signal sizes the driving role and the ratio the other one. In order of precedence: sizes
+pinned by hand (within the limits), limits that the present sizes break, fixed calendar windows,
+taking a scale-in back, and the load. Whoever calls this keeps the pools at the decided sizes; dead
+workers are not its business.
 """
 
 from dataclasses import replace
@@ -47,8 +47,8 @@ def decide(
         plan = Plan(Driver.NOTHING, None, state.target, "no time has passed since the last")
         return _decision(facts, plan), state
     plan = (
-        _inside_limits(facts)
-        or _pinned(facts)
+        _pinned(facts)
+        or _inside_limits(facts)
         or _fixed_window(facts)
         or _taken_back(facts)
         or _from_load(facts)

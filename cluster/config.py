@@ -181,8 +181,15 @@ class TandemConfig(Section):
     autoscaler: AutoscalerSection = AutoscalerSection()
 
     @model_validator(mode="after")
-    def _budget_holds_the_pools(self) -> Self:
+    def _limits_hold_the_pools(self) -> Self:
         section = self.autoscaler
+        for role, workers in (("prefill", self.prefill.workers), ("decode", self.decode.workers)):
+            fewest, most = getattr(section, f"min_{role}"), getattr(section, f"max_{role}")
+            if section.mode == "act" and not fewest <= workers <= most:
+                raise ValueError(
+                    f"{role}.workers ({workers}) is outside autoscaler.min_{role} ({fewest}) to"
+                    f" autoscaler.max_{role} ({most}): change one of them"
+                )
         needed = {"min_prefill and min_decode": (section.min_prefill, section.min_decode)}
         needed |= {f"calendar window {w}": (w.prefill, w.decode) for w in section.calendar}
         for name, (prefill, decode) in needed.items():

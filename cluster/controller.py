@@ -267,6 +267,10 @@ class Controller:
         self.is_fenced = await asyncio.to_thread(self._store.latest_epoch) > self._epoch
         if self.is_fenced:
             return
+        # Decisions first: sizes without the decision behind them would be taken back or repeated.
+        if (revision := self._scaler.revision) != self._saved_revision:
+            await asyncio.to_thread(self._store.save, "autoscaler", self._scaler.document())
+            self._saved_revision = revision
         notes = {
             "sizes": {role.value: n for role, n in self._sizes.items()},
             "workforce": self._workforce.as_document(),
@@ -275,9 +279,6 @@ class Controller:
             if document != self._saved[name]:
                 await asyncio.to_thread(self._store.save, name, document)
                 self._saved[name] = document
-        if (revision := self._scaler.revision) != self._saved_revision:
-            await asyncio.to_thread(self._store.save, "autoscaler", self._scaler.document())
-            self._saved_revision = revision
 
     async def _act(self) -> None:
         if self._is_stopping:

@@ -1,5 +1,6 @@
 """The controller's notes on its workers, and how they survive it."""
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, Self
@@ -65,6 +66,7 @@ class Member:
     entry: WorkerEntry | None = None
     link: WorkerLink | None = None
     start_s: float | None = None
+    work: asyncio.Task[None] | None = None  # what brings it up
 
     def enter(self, state: WorkerState, now: float) -> None:
         self.state, self.since = state, now

@@ -10,6 +10,7 @@ than is needed.
 
 import itertools
 import json
+import logging
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, Self
 
 from cluster.controller_store import KeyValueStore
+from cluster.errors import ConfigError
 from cluster.names import Role, WorkerId
 from cluster.packing import Slot
 from cluster.placement import Direction, Plan, Request, cycle
@@ -24,6 +26,8 @@ from cluster.service import Counts, DeployGroup, PlacedWorker, RoleNeed, Service
 from cluster.service import deploy_groups as groups_of
 from cluster.shortage import Cause
 from cluster.topology import Level, Node, Topology
+
+logger = logging.getLogger(__name__)
 
 PREFIX = "tandem-services/"
 # A controller writes every few seconds; one that has stopped cannot give anything up.
@@ -140,6 +144,15 @@ class Needs:
         return replace(self, workers=self.workers + claims, wanted=left)
 
 
+def _read(text: bytes) -> Needs | None:
+    """Return what another deployment needs, None if it is of a version that we cannot read."""
+    try:
+        return Needs.from_json(text)
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
+        logger.warning("ignored another deployment's needs: %r", error)
+        return None
+
+
 def worker_name(deployment: str, worker_id: WorkerId) -> str:
     """Return the worker's name in the cluster."""
     return f"{deployment}-{worker_id}"
@@ -202,7 +215,7 @@ class SharedPlacer:
     def _turn(self, now: float) -> Iterator[None]:
         """Keep the others from planning."""
         started_s = time.monotonic()
-        while not self._store.put_new(TURN_KEY, str(now).encode()):
+        while not self._store.put_new(TURN_KEY, mine := self._stamp(now, started_s)):
             since = self._store.get(TURN_KEY)
             waited_s = time.monotonic() - started_s
             if since is not None and now + waited_s - float(since) > TURN_S:
@@ -211,7 +224,12 @@ class SharedPlacer:
         try:
             yield
         finally:
-            self._store.delete(TURN_KEY)
+            if self._store.get(TURN_KEY) == mine:
+                self._store.delete(TURN_KEY)
+
+    def _stamp(self, now: float, started_s: float) -> bytes:
+        """Return the time it is by now, which a long wait may have made much later."""
+        return str(now + time.monotonic() - started_s).encode()
 
     def _is_pressed(self, plan: Plan, everyone: Sequence[Needs]) -> bool:
         waiting = {each.service for each in plan.unplaced if each.cause in _MAY_WAIT}
@@ -246,8 +264,8 @@ class SharedPlacer:
     def _others(self, now: float) -> list[Needs]:
         keys = [key for key in sorted(self._store.keys(PREFIX)) if key != self._key]
         texts = (self._store.get(key) for key in keys)
-        found = [Needs.from_json(text) for text in texts if text is not None]
-        return [needs for needs in found if now - needs.at < STALE_S]
+        found = [_read(text) for text in texts if text is not None]
+        return [needs for needs in found if needs is not None and now - needs.at < STALE_S]
 
     def _ask_for_nodes(self, everyone: Sequence[Needs], has_unplaced: bool) -> None:
         """Say what every worker there is and should be takes, while some have no room."""

@@ -19,6 +19,8 @@ from cluster.worker_state import (
     WorkerState,
 )
 
+# Routers go on for a moment with the list from before a worker left it.
+SETTLE_S = 1.0
 _OTHER = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}
 
 
@@ -139,6 +141,8 @@ class _Plan:
                 self.take(worker, Enter(worker.worker_id, WorkerState.DRAINING, reason))
         limit_s = self._desired.drain_timeout_s
         for worker in self._observed.in_state(WorkerState.DRAINING):
+            if self._now - worker.since < SETTLE_S:
+                continue
             if worker.is_idle and self.num_standbys_missing > 0:
                 self.num_standbys_missing -= 1
                 reason = "drained; kept as a standby"

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -46,6 +47,14 @@ _remote: Any = ray.remote
 
 def controller_name(deployment: str) -> str:
     return f"{deployment}-controller"
+
+
+def find_group(name: str) -> PlacementGroup | None:
+    """Return the worker's placement group, None if there is none of this name."""
+    try:
+        return ray.util.get_placement_group(name)
+    except ValueError:
+        return None
 
 
 class RayWorker:
@@ -114,11 +123,15 @@ class RayLauncher:
 
     def attach(self, worker_id: WorkerId) -> RayWorker | None:
         name = self._name(worker_id)
+        group = find_group(name)
         try:
             actor = ray.get_actor(name, namespace=NAMESPACE)
         except ValueError:
+            # It died with nobody there to see it: its room must not stay taken.
+            if group is not None:
+                remove_placement_group(group)
             return None
-        return RayWorker(actor, ray.util.get_placement_group(name))
+        return RayWorker(actor, group)
 
     def _name(self, worker_id: WorkerId) -> str:
         return worker_name(self._config.cluster.name, worker_id)
@@ -237,6 +250,8 @@ class ControllerActor:
         ray.kill(ray.get_actor(self._name, namespace=NAMESPACE))
 
     async def drain_and_stop(self) -> None:
+        with suppress(Fenced):
+            await self.run()  # after a restart nothing has been taken over yet
         await self._controller.drain_and_stop()
         if self._loop is not None:
             await asyncio.gather(self._loop, return_exceptions=True)
@@ -248,7 +263,8 @@ def _app_exists(name: str) -> bool:
 
     try:
         return name in serve.status().applications
-    except ray.exceptions.RayError:
+    except Exception as error:
+        logger.warning("Serve does not answer: %s", error)
         return True
 
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import ray
+from ray.util.placement_group import remove_placement_group
 
 from cluster.config import ClusterSection
 from cluster.controller_store import ControllerStore
@@ -67,12 +68,18 @@ class WorkerActor:
     async def start(self, spec: WorkerSpec, controller_epoch: int) -> WorkerEntry:
         """Start the worker and serve; raise what made it fail."""
         self._obey(controller_epoch)
+        self._is_up.clear()
         if spec.config.model.engine == "simulated":
             self._worker = Worker(spec)
         else:
             self._worker = WorkerProcess(spec, str(ray.get_runtime_context().get_node_id()))
-        self._entry = await self._worker.start()
-        self._is_up.set()
+        try:
+            self._entry = await self._worker.start()
+        except Exception:
+            self._worker = None
+            raise
+        finally:
+            self._is_up.set()
         self._running = asyncio.create_task(self._run(self._worker))
         self._watching = asyncio.create_task(self._outlive(spec.config.cluster))
         return self._entry
@@ -101,6 +108,8 @@ class WorkerActor:
                 logger.warning("Ray's store does not answer: %s", error)
         logger.warning("the deployment is gone: ending")
         await self.stop(self._controller_epoch)
+        if (group := ray.util.get_current_placement_group()) is not None:
+            remove_placement_group(group)
         os._exit(0)
 
     async def wait(self) -> None:

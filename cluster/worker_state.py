@@ -58,7 +58,9 @@ class ObservedWorker:
 
     @property
     def is_idle(self) -> bool:
-        return self.num_requests == 0 and self.num_held_blocks == 0
+        """Whether it said that it has nothing open; one just taken over has said nothing."""
+        is_known = self.reported_role is not None
+        return is_known and self.num_requests == 0 and self.num_held_blocks == 0
 
 
 _FIRST_BACKOFF_S = 1.0

@@ -15,7 +15,7 @@ import zmq.asyncio
 
 from cluster.config import PoolSection, TandemConfig
 from cluster.cores import choose_cores
-from cluster.errors import HandoffFailed
+from cluster.errors import Fenced, HandoffFailed
 from cluster.load import WorkerLoad
 from cluster.members import History, Launcher, Member
 from cluster.messages import ChangeRole
@@ -25,10 +25,23 @@ from cluster.service import PlacedWorker
 from cluster.snapshot import WorkerEntry
 from cluster.warmup import prove_handoff, warmup_prompt
 from cluster.worker_spec import Parts, Seat, WorkerSpec
-from cluster.worker_state import Observed, ObservedWorker, Pair, Trouble, WorkerState
+from cluster.worker_state import (
+    PROVISIONED,
+    Observed,
+    ObservedWorker,
+    Pair,
+    Trouble,
+    WorkerState,
+)
 
 STOP_TIMEOUT_S = 4.0
 _ADOPTION_S = 5.0
+_HAS_SERVED = (
+    WorkerState.FLIPPING,
+    WorkerState.SOFT_OUT,
+    WorkerState.DRAINING,
+    WorkerState.STANDBY,
+)
 # A worker that fails after this long in service is no sign that the next one will not start.
 _PROBATION_S = 60.0
 _UP = frozenset(WorkerState) - {WorkerState.PENDING, WorkerState.STARTING, WorkerState.STOPPING}
@@ -129,9 +142,9 @@ class Workforce:
             if member.state is WorkerState.STOPPING:
                 self._spawn(self._stop(member))
                 continue
-            task = self._spawn(self._bring_up(member, self._take_over(member)))
+            member.work = self._spawn(self._bring_up(member, self._take_over(member)))
             if member.state in _UP:
-                answering.append(task)
+                answering.append(member.work)
         if answering:
             await asyncio.wait(answering, timeout=_ADOPTION_S)
 
@@ -143,10 +156,10 @@ class Workforce:
         was_up = member.state in _UP
         member.seat = member.seat or await member.handle.seat()
         self._connect(member, entry)
+        # The notes may be older than the last order; this also teaches the worker our epoch.
+        self._tell_role(member)
         if not was_up:
             member.enter(WorkerState.WARMING, time.time())
-        elif member.state is WorkerState.FLIPPING:
-            self.change_role(member.worker_id, member.role)
         self._note(f"{member.worker_id} is taken over, {member.state}")
 
     # Starting.
@@ -156,10 +169,17 @@ class Workforce:
         self._last_number[role] += 1
         worker_id = WorkerId(f"{role}-{self._last_number[role]}")
         now = time.time()
-        handle = self._launcher.launch(worker_id, role, node_id)
+        try:
+            handle = self._launcher.launch(worker_id, role, node_id)
+        except Exception as error:
+            # One of this name was launched just before a crash, and nobody noted it.
+            if (left := self._launcher.attach(worker_id)) is not None:
+                left.kill()
+            self._history.count_failure(role, f"{worker_id}: {summarise(error)}", now)
+            return
         member = Member(worker_id, role, handle, now, now, node_id=node_id, is_spare=is_spare)
         self._members[worker_id] = member
-        self._spawn(self._bring_up(member, self._load(member)))
+        member.work = self._spawn(self._bring_up(member, self._load(member)))
 
     async def _bring_up(self, member: Member, work: Coroutine[Any, Any, None]) -> None:
         limit_s = self._config.cluster.start_timeout_s
@@ -169,6 +189,9 @@ class Workforce:
         except TimeoutError:
             doing = "waiting for a node with room" if member.seat is None else "starting"
             await self._fail(member, f"still {doing} after {limit_s:.0f} s")
+        except Fenced:
+            # A later controller's by now: not ours to kill.
+            await self._forget(member)
         except Exception as error:
             # Whatever the process or its engine raised: it is the reason the operator sees.
             await self._fail(member, summarise(error))
@@ -222,6 +245,8 @@ class Workforce:
     # Once it is up.
 
     def prove(self, pair: Pair) -> None:
+        if any(self._members[worker_id].link is None for worker_id in pair):
+            return  # not taken over yet: decided again at the next tick
         self._history.testing.add(pair)
         self._spawn(self._prove(*(self._members[worker_id] for worker_id in pair)))
 
@@ -256,27 +281,31 @@ class Workforce:
         elif state is not WorkerState.READY or not is_new:
             self._note(f"{worker_id} is {state}: {reason}")
 
-    def change_role(self, worker_id: WorkerId, role: Role, reason: str = "") -> None:
+    def change_role(self, worker_id: WorkerId, role: Role, reason: str) -> None:
         """Have the worker serve in `role` as soon as it has nothing open in its present one."""
         member = self._members[worker_id]
-        assert member.link is not None
-        member.link.send(ChangeRole(role, self._epoch))
         member.role, member.is_spare = role, False
         member.enter(WorkerState.FLIPPING, time.time())
-        if reason:
-            self._note(f"{worker_id} becomes a {role} worker: {reason}")
+        self._tell_role(member)
+        self._note(f"{worker_id} becomes a {role} worker: {reason}")
+
+    def _tell_role(self, member: Member) -> None:
+        """Order the role that is on record; one that is told so already changes nothing."""
+        if member.link is not None:  # else it is told when it is taken over
+            member.link.send(ChangeRole(member.role, self._epoch))
 
     def give_up(self, worker_id: WorkerId, reason: str) -> Role | None:
         """Let a worker go without an observation period; return its role, None if it has gone
-        since that was decided."""
+        since that was decided or was in no pool."""
         member = self._members.get(worker_id)
         if member is None or member.state is WorkerState.STOPPING:
             return None
+        counts = member.state in PROVISIONED and not member.is_spare
         if member.state in _UP:
             self.enter(worker_id, WorkerState.DRAINING, reason)
         else:
             self.stop(worker_id, reason, is_failure=False)
-        return member.role
+        return member.role if counts else None
 
     def end_observation(self, reason: str) -> None:
         """Have the workers that were taken out drain at once."""
@@ -303,15 +332,19 @@ class Workforce:
             await self._fail(member, reason)
 
     def drop_silent(self) -> None:
+        """Give up workers that answer no more; tell those that change role once more: the
+        connection may have broken after the order was written to it."""
         for member in list(self._members.values()):
             if member.state in _UP and member.link is not None and member.link.is_lost:
+                is_new = _is_new(member)
                 member.enter(WorkerState.STOPPING, time.time())
-                self._spawn(self._fail(member, "it stopped answering heartbeats"))
+                self._spawn(self._fail(member, "it stopped answering heartbeats", is_new))
+            elif member.state is WorkerState.FLIPPING:
+                self._tell_role(member)
 
-    async def _fail(self, member: Member, reason: str) -> None:
+    async def _fail(self, member: Member, reason: str, is_new: bool | None = None) -> None:
         self._note(f"{member.worker_id} failed: {reason}")
-        served_s = time.time() - member.since if member.state is WorkerState.READY else 0.0
-        if served_s < _PROBATION_S:
+        if _is_new(member) if is_new is None else is_new:
             why = f"{member.worker_id}: {reason}"
             self._history.count_failure(member.role, why, time.time())
         member.enter(WorkerState.STOPPING, time.time())
@@ -327,8 +360,11 @@ class Workforce:
         self._spawn(self._stop(member))
 
     async def _stop(self, member: Member) -> None:
-        await _within(STOP_TIMEOUT_S, member.handle.stop(self._epoch))
-        member.handle.kill()
+        if member.work is not None:
+            # Its end would look like a failure, and its success would bring it back.
+            member.work.cancel()
+        if await _within(STOP_TIMEOUT_S, member.handle.stop(self._epoch)):
+            member.handle.kill()
         await self._forget(member)
 
     async def _forget(self, member: Member) -> None:
@@ -377,13 +413,24 @@ def _listening_on(config: TandemConfig, host: str) -> TandemConfig:
     )
 
 
-async def _within(limit_s: float, work: Awaitable[None]) -> None:
-    """Await `work`, at most `limit_s`; a worker that cannot stop by itself is killed after."""
+def _is_new(member: Member) -> bool:
+    """Return whether a failure of the worker speaks against starting the next one."""
+    if member.state is not WorkerState.READY:
+        return member.state not in _HAS_SERVED
+    return time.time() - member.since < _PROBATION_S
+
+
+async def _within(limit_s: float, work: Awaitable[None]) -> bool:
+    """Await `work`, at most `limit_s`; return whether the worker may be killed after: it may
+    not if a later controller owns it."""
     try:
         async with asyncio.timeout(limit_s):
             await work
+    except Fenced:
+        return False
     except Exception as error:
         logger.info("worker did not stop by itself: %s", summarise(error))
+    return True
 
 
 def summarise(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from ray import serve
 
 from cluster.config import TandemConfig
 from cluster.errors import TandemError, Unavailable
-from cluster.ray_plane import start_controller
+from cluster.ray_plane import find_controller, start_controller
 from cluster.worker_spec import Parts
 from deploy import signals
 from deploy.connect import connect
@@ -55,7 +55,8 @@ class Deployment:
         self._say = say
         self._verbose = verbose
         self._controller: Any = None
-        self._owns_serve = True
+        self._has_router = False
+        self._owns_serve = False
         self._num_events_said = 0
         self._state: DeploymentState | None = None
         self.url = f"http://{_reachable(config.router.host)}:{config.router.port}"
@@ -65,12 +66,24 @@ class Deployment:
         started_at = time.monotonic()
         require_free(self._config.router.host, self._config.router.port)
         self._start_ray()
+        if self._config.cluster.address is not None:
+            self._refuse_another_of_the_name()
         env = self._session.worker_environment
         bind_host = "127.0.0.1" if self._config.cluster.address is None else None
         start = partial(start_controller, self._config, parts_of(self._config), env, bind_host)
         self._controller = start()
         self._start_router(env, start)
         self._wait_until_serving(started_at)
+
+    def _refuse_another_of_the_name(self) -> None:
+        """A deployment of this name on the cluster is somebody's: its pools would be ours."""
+        name = self._config.cluster.name
+        with suppress(ValueError):
+            find_controller(name)
+            raise Unavailable(
+                f"a deployment named {name!r} runs on that cluster already: give this one another"
+                " --name, or take that one down where it was started"
+            )
 
     def _start_ray(self) -> None:
         self._join_ray()
@@ -109,6 +122,8 @@ class Deployment:
     def _start_router(self, env: dict[str, str], start_controller: Callable[[], Any]) -> None:
         router = self._config.router
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        # From here on there is something of ours in Serve; all of Serve only if it is new.
+        self._has_router = True
         self._owns_serve = not serve.status().proxies
         serve.start(
             proxy_location="HeadOnly" if self._config.cluster.address is None else "EveryNode",
@@ -148,7 +163,7 @@ class Deployment:
     def _ask_health(self) -> str | None:
         """Return None if the endpoint says that it serves, else what is wrong."""
         try:
-            answer = httpx.get(f"{self.url}/health", timeout=5.0)
+            answer = httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False)
         except httpx.HTTPError as error:
             note = "" if self._owns_serve else "; Serve ran there already and keeps its own port"
             return f"{self.url} does not answer: {error}{note}"
@@ -200,7 +215,8 @@ class Deployment:
             return
         with suppress(Exception):
             # Requests drain here, while the workers still run.
-            serve.delete(self._session.name)
+            if self._has_router:
+                serve.delete(self._session.name)
             if self._owns_serve and self._session.temp_dir is None:
                 serve.shutdown()
         if self._controller is not None:

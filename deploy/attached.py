@@ -1,12 +1,13 @@
 """Removing a deployment from a Ray cluster that goes on without it."""
 
+import re
 import time
 from contextlib import suppress
 from typing import Any
 
 import ray
 from ray import serve
-from ray.util.placement_group import remove_placement_group
+from ray.util.placement_group import placement_group_table, remove_placement_group
 
 from cluster.controller_store import ControllerStore
 from cluster.errors import Unavailable
@@ -41,8 +42,9 @@ def remove_deployment(name: str) -> None:
     for actor_name in deployment_actors(name):
         with suppress(ValueError):
             ray.kill(ray.get_actor(actor_name, namespace=NAMESPACE))
+    for group_name in deployment_groups(name):
         with suppress(ValueError):
-            remove_placement_group(ray.util.get_placement_group(actor_name))
+            remove_placement_group(ray.util.get_placement_group(group_name))
     store = RayStore()
     ControllerStore(store, name).clear()
     store.delete(PREFIX + name)
@@ -55,5 +57,18 @@ def deployment_actors(name: str) -> list[str]:
     """Return the names of the deployment's detached actors that are alive."""
     named = ray.util.list_named_actors(all_namespaces=True)
     ours = [actor["name"] for actor in named if actor["namespace"] == NAMESPACE]
-    kinds = ("controller", "prefill-", "decode-")
-    return [n for n in ours if n.startswith(tuple(f"{name}-{kind}" for kind in kinds))]
+    return [each for each in ours if _belongs(name, each)]
+
+
+def deployment_groups(name: str) -> list[str]:
+    """Return the names of the placement groups that the deployment's workers had or have."""
+    groups = placement_group_table().values()
+    return [g["name"] for g in groups if g["state"] != "REMOVED" and _belongs(name, g["name"])]
+
+
+def _belongs(deployment: str, name: str) -> bool:
+    # Whole names: another deployment may be called `<deployment>-decode`.
+    return (
+        re.fullmatch(rf"{re.escape(deployment)}-(controller|(prefill|decode)-\d+)", name)
+        is not None
+    )

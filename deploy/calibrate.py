@@ -173,12 +173,19 @@ def _wait_until_ordered(controller: ControllerLink, sizes: Sizes) -> None:
         time.sleep(_POLL_S)
 
 
+def _write_plot(plan: CalibrationPlan, sweep: Sweep, choice: Choice | None) -> None:
+    try:
+        plan.plot.write_text(draw(sweep.measured, sweep.results, choice, plan.objectives))
+    except OSError as error:
+        raise TandemError(f"{plan.plot}: {error.strerror}") from None
+
+
 def _conclude(plan: CalibrationPlan, sweep: Sweep, say: Callable[[str], None]) -> int:
     choice = choose(sweep.results)
     for each in table(_rows(sweep.results, choice)):
         say(each)
-    plan.plot.write_text(draw(sweep.measured, sweep.results, choice, plan.objectives))
     if choice is None:
+        _write_plot(plan, sweep, choice)
         print("tandem: error: no split holds the objectives", file=sys.stderr, flush=True)
         return 1
     settings = {"ratio": choice.ratio, "target_per_worker": choice.target_per_worker}
@@ -186,6 +193,7 @@ def _conclude(plan: CalibrationPlan, sweep: Sweep, say: Callable[[str], None]) -
         write_settings(plan.config_out, "autoscaler", settings)
     except ConfigError as error:
         raise TandemError(f"{error} (found {settings})") from None
+    _write_plot(plan, sweep, choice)
     lengths = plan.input_tokens / plan.output_tokens
     say(choice.reason)
     say(f"{plan.config_out}: {settings}; holds at {lengths:.4g} prompt tokens per output token")

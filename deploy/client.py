@@ -22,7 +22,9 @@ def model_of(url: str) -> str:
 
 def _model_of(url: str) -> dict[str, Any]:
     try:
-        models = httpx.get(f"{url}/v1/models", timeout=10.0).raise_for_status().json()
+        models = (
+            httpx.get(f"{url}/v1/models", timeout=10.0, trust_env=False).raise_for_status().json()
+        )
         document: dict[str, Any] = models["data"][0]
         return document
     except (httpx.HTTPError, ValueError, LookupError) as error:

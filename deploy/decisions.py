@@ -99,7 +99,9 @@ def _follow(state: DeploymentState, after: int) -> Iterator[dict[str, Any]]:
 def _page(url: str, after: int) -> list[dict[str, Any]]:
     try:
         query = {"after": after, "limit": _PAGE}
-        answer = httpx.get(f"{url}/admin/decisions", params=query, timeout=_TIMEOUT_S)
+        answer = httpx.get(
+            f"{url}/admin/decisions", params=query, timeout=_TIMEOUT_S, trust_env=False
+        )
         if answer.status_code != 200:
             raise Unavailable(f"HTTP {answer.status_code}: {_reason(answer)}")
         decisions: list[dict[str, Any]] = answer.json()["decisions"]

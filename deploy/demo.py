@@ -79,7 +79,9 @@ async def _replay(model: str, url: str, sends: Sequence[_Send]) -> list[Replayed
     """Send every request at its time, whatever became of those before it."""
     limits = httpx.Limits(max_connections=len(sends))
     timeout = httpx.Timeout(_REQUEST_TIMEOUT_S)
-    async with httpx.AsyncClient(base_url=url, limits=limits, timeout=timeout) as client:
+    async with httpx.AsyncClient(
+        base_url=url, limits=limits, timeout=timeout, trust_env=False
+    ) as client:
         with _Progress(len(sends)) as advance:
             started_at = time.monotonic()
             work = (_one(client, model, send, started_at, advance) for send in sends)

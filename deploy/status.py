@@ -1,6 +1,8 @@
 """`tandem status`: the controller's view of a running deployment, as a table."""
 
+import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 from deploy.controller_link import controller_of, desired_sizes
@@ -20,7 +22,8 @@ _COLUMNS = (
 
 def read_status(state: DeploymentState) -> dict[str, Any]:
     """Ask the deployment's controller; raise `Unavailable` if it does not answer."""
-    with controller_of(state) as controller:
+    # Ray prints what happens to nodes, whatever it is told; our own output may be JSON.
+    with redirect_stdout(sys.stderr), controller_of(state) as controller:
         return controller.status()
 
 

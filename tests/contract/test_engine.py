@@ -382,7 +382,7 @@ def _grown(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int
 @pytest.mark.parametrize(
     ("label", "changes", "reason"),
     [
-        ("a producer that is gone", {"endpoints": (NOWHERE,)}, "no data for 2.0 s"),
+        ("a producer that is gone", {"endpoints": (NOWHERE,)}, f"no data for {STALL_S} s"),
         ("no address", {"endpoints": ()}, "has 0 ranks"),
         ("another life of the producer", {"epoch": 1}, "refused: stale_epoch"),
         ("another layout", {"fingerprint": "f" * 32}, "layout ffffffff"),

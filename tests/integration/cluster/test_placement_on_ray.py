@@ -92,7 +92,7 @@ def asked_of_autoscaler() -> list[tuple[int, dict[str, float], dict[str, list[st
             request.count,
             dict(request.request.resources_bundle),
             {
-                constraint.label_key: list(constraint.label_values)
+                constraint.label_key: sorted(constraint.label_values)
                 for selector in request.request.label_selectors
                 for constraint in selector.label_constraints
             },

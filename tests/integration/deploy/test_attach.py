@@ -1,5 +1,6 @@
 """`tandem serve --address`: on a Ray cluster of two nodes that goes on without us."""
 
+import asyncio
 import signal
 import time
 from collections.abc import Iterator
@@ -10,7 +11,13 @@ from ray import serve
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
-from cluster.ray_plane import NAMESPACE
+from cluster.config import parse_config
+from cluster.controller_store import ControllerStore
+from cluster.names import Role, WorkerId
+from cluster.ray_plane import NAMESPACE, RayLauncher
+from cluster.ray_store import RayStore
+from cluster.worker_spec import WorkerSpec
+from deploy.app import parts_of
 from deploy.ports import free_port
 from deploy.serve_app import build
 from tests.integration.deploy.launcher import STOP_S, Launcher, serving, wait_until
@@ -84,6 +91,29 @@ def test_an_app_that_serve_deploys_brings_its_controller_and_takes_it_along(
     groups = placement_group_table().values()
     assert {group["state"] for group in groups} <= {"REMOVED"}
     serve.shutdown()
+
+
+def test_a_worker_outlives_its_controller_and_not_its_deployment(cluster: Cluster) -> None:
+    deployment = name("orphan")
+    config = parse_config(
+        {
+            "cluster": {"name": deployment, "orphan_s": 2.0},
+            "model": {"engine": "simulated", "max_model_len": 512, "block_size": 16},
+        }
+    )
+    notes = ControllerStore(RayStore(), deployment)
+    notes.save("sizes", {"prefill": 1, "decode": 1})
+    parts, worker_id = parts_of(config), WorkerId("decode-1")
+    spec = WorkerSpec(worker_id, Role.DECODE, parts.engine, parts.roles, config, (0,), "127.0.0.1")
+    worker = RayLauncher(config, {}).launch(worker_id, Role.DECODE, None)
+    try:
+        asyncio.run(worker.start(spec, 1))
+        time.sleep(3 * config.cluster.orphan_s)  # no controller, but its notes: it must stay
+        assert actors() == [f"{deployment}-decode-1"]
+        notes.clear()
+        wait_until(lambda: actors() == [], 5 * config.cluster.orphan_s, "it ends by itself")
+    finally:
+        worker.kill()
 
 
 def test_no_cluster_there_is_one_clear_line() -> None:

@@ -26,7 +26,8 @@ NOW = 1000.0
 
 def worker(name: str, state: WorkerState, **facts: object) -> ObservedWorker:
     role = PREFILL if name.startswith("p") else DECODE
-    return replace(ObservedWorker(WorkerId(name), role, state), **facts)  # type: ignore[arg-type]
+    seen = ObservedWorker(WorkerId(name), role, state, reported_role=role)
+    return replace(seen, **facts)  # type: ignore[arg-type]
 
 
 def sizes(prefill: int, decode: int, **rules: object) -> Desired:
@@ -109,7 +110,7 @@ def test_a_worker_taken_out_is_observed_then_drained_then_stopped() -> None:
 
 def test_a_drained_worker_becomes_a_standby_where_one_is_missing() -> None:
     base = (worker("p1", S.READY), worker("d1", S.READY))
-    drained = worker("d2", S.DRAINING, since=NOW)
+    drained = worker("d2", S.DRAINING, since=NOW - 2)
     assert steps(sizes(1, 1, standby=1), *base, drained) == ["d2 standby"]
     standby = worker("d3", S.STANDBY)
     assert steps(sizes(1, 1, standby=1), *base, standby, drained) == ["stop d2"]
