@@ -7,13 +7,11 @@ own client and skips `AsyncLLM`. The KV connector is named by path: this part do
 
 import asyncio
 import importlib
-import logging
 import os
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +40,6 @@ from cluster.engine import (
     HandoffWords,
 )
 from cluster.engine_control import CODEC, AskFailure, AskLoad, BlockLoad, DropHandoffs, PullFailure
-from cluster.errors import StartFailed
 from cluster.messages import PrefillStats, Receipt
 from cluster.names import FinishReason, HandoffId, RequestId, WorkerId
 from cluster.vllm_documents import (
@@ -112,50 +109,11 @@ def settle_fork(title: str) -> None:
     setproctitle.setproctitle(f"tandem {title}")
 
 
-class _RootCause(logging.Handler):
-    """Writes why an engine process fails to a pipe: vLLM only logs it, and says "see above"."""
-
-    def __init__(self, descriptor: int) -> None:
-        super().__init__(logging.ERROR)
-        self._descriptor = descriptor
-
-    def emit(self, record: logging.LogRecord) -> None:
-        error = record.exc_info[1] if record.exc_info else None
-        if error is not None:
-            reason = str(error).strip().partition("\n")[0]
-            with suppress(OSError):
-                os.write(self._descriptor, f"{type(error).__name__}: {reason}\n".encode())
-
-
-# The writing end of the pipe for root causes, while an engine starts.
-_root_causes: int | None = None
-
-
-@contextmanager
-def _root_cause_told() -> Iterator[None]:
-    """Raise `StartFailed` with what an engine process said first, where it said anything."""
-    global _root_causes
-    reading, _root_causes = os.pipe2(os.O_NONBLOCK)
-    try:
-        yield
-    except Exception as error:
-        with suppress(BlockingIOError):
-            cause = os.read(reading, 4096).decode(errors="replace").partition("\n")[0]
-            raise StartFailed(cause or str(error)) from error
-        raise
-    finally:
-        os.close(reading)
-        os.close(_root_causes)
-        _root_causes = None
-
-
 def settle_engine_fork() -> None:
     """Do in a forked process of the engine what an OpenMP runtime does when it is loaded.
 
     vLLM tells each worker its cores by variables that nothing reads after a fork.
     """
-    if _root_causes is not None:
-        logging.getLogger("vllm").addHandler(_RootCause(_root_causes))
     for name in _CORE_VARIABLES:
         if name in os.environ:
             cores = [int(core) for core in re.findall(r"\d+", os.environ[name])]
@@ -179,18 +137,17 @@ class VllmEngine:
 
     async def start(self) -> EngineFacts:
         """Start the processes, load the model, open the KV-plane port: on a CPU 2-3 s in a
-        fork of the template, else 20-30 s. Raises `StartFailed` with the engine's own reason."""
+        fork of the template, else 20-30 s."""
         set_process_environment(self._settings)
         self._config = self._engine_args().create_engine_config(UsageContext.ENGINE_CONTEXT)
         # After the CPU platform has forced spawn, whatever is safe here.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = _start_method
-        with _root_cause_told():
-            self._client = await asyncio.to_thread(
-                EngineCoreClient.make_async_mp_client,
-                vllm_config=self._config,
-                executor_class=Executor.get_class(self._config),
-                log_stats=False,
-            )
+        self._client = await asyncio.to_thread(
+            EngineCoreClient.make_async_mp_client,
+            vllm_config=self._config,
+            executor_class=Executor.get_class(self._config),
+            log_stats=False,
+        )
         load = await self._ask_load(AskLoad())
         return EngineFacts(
             model=self._settings.model.name,
