@@ -17,6 +17,7 @@ from pydantic_core import ErrorDetails
 
 from cluster.autoscaler_config import AutoscalerSection
 from cluster.errors import ConfigError
+from cluster.names import Role
 from cluster.section import Count, Seconds, Section
 
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "deploy" / "models" / "tandem-tiny"
@@ -179,6 +180,9 @@ class TandemConfig(Section):
     simulated: SimulatedSection = SimulatedSection()
     placement: PlacementSection = PlacementSection()
     autoscaler: AutoscalerSection = AutoscalerSection()
+
+    def pool(self, role: Role) -> PoolSection:
+        return self.prefill if role is Role.PREFILL else self.decode
 
     @model_validator(mode="after")
     def _limits_hold_the_pools(self) -> Self:

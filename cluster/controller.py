@@ -326,8 +326,10 @@ class Controller:
             start = next(each for each in waiting if each.role is slot.role)
             waiting.remove(start)
             self._workforce.start(start.role, start.is_spare, slot.node_id)
-        left = Counts.count(start.role for start in waiting)
-        await asyncio.to_thread(self._placer.record, self._workforce.placed(), left, self.now())
+        if orders.slots or orders.victims or orders.stranded:
+            # `plan` has written down the rest.
+            left = Counts.count(start.role for start in waiting)
+            await asyncio.to_thread(self._placer.record, self._workforce.placed(), left, self.now())
 
     def _give_up(self, orders: Orders) -> None:
         """Let workers go that a service of higher priority needs the room of, for a while."""

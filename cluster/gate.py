@@ -9,8 +9,6 @@ from collections.abc import Mapping
 
 from cluster.names import Role
 
-_OTHER = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}
-
 
 def num_exposable(
     role: Role,
@@ -24,8 +22,7 @@ def num_exposable(
     As many as keep the ready pools within `tolerance` of the wanted sizes' ratio; never fewer
     than are exposed already, and one as soon as the other role has any.
     """
-    other = _OTHER[role]
-    in_ratio = ready[other] * wanted[role] / max(1, wanted[other])
+    in_ratio = ready[role.other] * wanted[role] / max(1, wanted[role.other])
     # The smallest float above a whole number must not cost a worker.
     fitting = math.floor(in_ratio * (1 + tolerance) + 1e-9)
-    return max(exposed[role], fitting, min(1, ready[other]))
+    return max(exposed[role], fitting, min(1, ready[role.other]))

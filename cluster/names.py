@@ -15,6 +15,10 @@ class Role(enum.StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
 
+    @property
+    def other(self) -> "Role":
+        return Role.DECODE if self is Role.PREFILL else Role.PREFILL
+
 
 class Stage(enum.StrEnum):
     """Where a request is, as its record shows it."""

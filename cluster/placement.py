@@ -190,13 +190,13 @@ class _Cycle:
         """
         if piece.prefill and piece.decode:
             return [self._domains(service)]
-        (role, other) = Role if piece.prefill else reversed(Role)
+        role = Role.PREFILL if piece.prefill else Role.DECODE
         groups = self._sizes[service.name]
         lacks = {
-            domain: size.of(other) * service.ratio.of(role)
-            - size.of(role) * service.ratio.of(other)
+            domain: size.of(role.other) * service.ratio.of(role)
+            - size.of(role) * service.ratio.of(role.other)
             for domain, size in groups.items()
-            if size.of(other)
+            if size.of(role.other)
         }
         if not lacks:
             return [self._domains(service)]
@@ -291,8 +291,8 @@ class _Cycle:
 
         def order(group: DeployGroup) -> tuple[object, ...]:
             size, ratio = self._size(group), service.ratio
-            strands = size.of(role) == 1 and size.of(other) > 0
-            surplus = size.of(role) * ratio.of(other) - size.of(other) * ratio.of(role)
+            strands = size.of(role) == 1 and size.of(role.other) > 0
+            surplus = size.of(role) * ratio.of(other) - size.of(role.other) * ratio.of(role)
             return (strands, -surplus, *self._give_back_order(group))
 
         groups = [group for group in self._groups_of(service) if self._size(group).of(role)]

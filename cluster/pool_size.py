@@ -21,7 +21,6 @@ from cluster.worker_state import (
 
 # Routers go on for a moment with the list from before a worker left it.
 SETTLE_S = 1.0
-_OTHER = {Role.PREFILL: Role.DECODE, Role.DECODE: Role.PREFILL}
 
 
 def resize(desired: Desired, observed: Observed, now: float) -> list[Action]:
@@ -79,8 +78,8 @@ class _Plan:
         """Change the role of workers that the other pool gave up or has too many of."""
         if not self._desired.can_flip:
             return
-        for worker in self._spare_in(_OTHER[role])[: max(0, self.num_missing[role])]:
-            reason = f"changes role: {self._why(role)}, {_OTHER[role]} can spare it"
+        for worker in self._spare_in(role.other)[: max(0, self.num_missing[role])]:
+            reason = f"changes role: {self._why(role)}, {role.other} can spare it"
             if worker.state is not WorkerState.SOFT_OUT:
                 self.num_missing[worker.role] += 1
             self.take(worker, TakeRole(worker.worker_id, role, reason))

@@ -97,7 +97,7 @@ class RayLauncher:
         self._env = dict(env)
 
     def launch(self, worker_id: WorkerId, role: Role, node_id: str | None) -> RayWorker:
-        pool = self._config.prefill if role is Role.PREFILL else self._config.decode
+        pool = self._config.pool(role)
         name = self._name(worker_id)
         group = placement_group(
             [bundle_of(pool_need(pool))],

@@ -42,12 +42,12 @@ def _pairs_to_prove(observed: Observed) -> dict[Pair, tuple[ObservedWorker, Obse
 
     Its peer is one that serves if there is any, and not the same one for all newcomers.
     """
-    proven = {worker_id for pair in observed.proven for worker_id in pair}
+    handed_over = observed.handed_over
     up = sorted(observed.in_state(*_UP), key=lambda worker: -_UP.index(worker.state))
     pairs: dict[Pair, tuple[ObservedWorker, ObservedWorker]] = {}
     for number, worker in enumerate(observed.in_state(WorkerState.WARMING)):
         others = [peer for peer in up if peer.role is not worker.role]
-        if worker.worker_id in proven or not others:
+        if worker.worker_id in handed_over or not others:
             continue
         peers = [peer for peer in others if peer.state is others[0].state]
         pair = sorted((worker, peers[number % len(peers)]), key=lambda w: w.role, reverse=True)
@@ -77,8 +77,8 @@ def _suspects(
     """Return whose fault a failing pair is: new workers, and of those the ones that never
     handed anything over with another peer either."""
     new = [w.worker_id for w in (prefill, decode) if w.state is WorkerState.WARMING]
-    proven = {worker_id for pair in observed.proven for worker_id in pair}
-    return [worker_id for worker_id in new if worker_id not in proven] or new
+    handed_over = observed.handed_over
+    return [worker_id for worker_id in new if worker_id not in handed_over] or new
 
 
 def _expose(desired: Desired, observed: Observed, leaving: set[WorkerId]) -> Iterator[Action]:
@@ -96,11 +96,11 @@ def _expose(desired: Desired, observed: Observed, leaving: set[WorkerId]) -> Ite
 
 def _proven(desired: Desired, observed: Observed) -> list[ObservedWorker]:
     """Return the workers not yet listed that may be: held ones, and new ones that handed over."""
-    proven = {worker_id for pair in observed.proven for worker_id in pair}
+    handed_over = observed.handed_over
     return [
         worker
         for worker in observed.in_state(WorkerState.WARMING, WorkerState.HELD)
-        if worker.state is WorkerState.HELD or not desired.proof or worker.worker_id in proven
+        if worker.state is WorkerState.HELD or not desired.proof or worker.worker_id in handed_over
     ]
 
 

@@ -102,6 +102,11 @@ class Observed:
         """Return the role's workers in `states`, spares left out."""
         return [w for w in self.workers if w.role is role and w.state in states and not w.is_spare]
 
+    @property
+    def handed_over(self) -> frozenset[WorkerId]:
+        """Return who has handed a KV cache over, or taken one, with somebody who is still here."""
+        return frozenset(worker_id for pair in self.proven for worker_id in pair)
+
     def in_state(self, *states: WorkerState) -> list[ObservedWorker]:
         return [w for w in self.workers if w.state in states]
 

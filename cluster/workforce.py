@@ -13,7 +13,7 @@ from typing import Any
 
 import zmq.asyncio
 
-from cluster.config import PoolSection, TandemConfig
+from cluster.config import TandemConfig
 from cluster.cores import choose_cores
 from cluster.errors import Fenced, HandoffFailed
 from cluster.load import WorkerLoad
@@ -188,13 +188,13 @@ class Workforce:
                 await work
         except TimeoutError:
             doing = "waiting for a node with room" if member.seat is None else "starting"
-            await self._fail(member, f"still {doing} after {limit_s:.0f} s")
+            self._fail(member, f"still {doing} after {limit_s:.0f} s")
         except Fenced:
             # A later controller's by now: not ours to kill.
             await self._forget(member)
         except Exception as error:
             # Whatever the process or its engine raised: it is the reason the operator sees.
-            await self._fail(member, summarise(error))
+            self._fail(member, summarise(error))
         else:
             self._spawn(self._watch(member))
 
@@ -225,10 +225,7 @@ class Workforce:
     def _choose_cores(self, member: Member, seat: Seat) -> tuple[int, ...]:
         """Nodes of one machine share its cores, so it is the machine that counts."""
         others = [m.cpus for m in self._members.values() if m.seat and m.seat.host == seat.host]
-        return choose_cores(seat.cores, others, self._pool(member.role).cpus_per_worker)
-
-    def _pool(self, role: Role) -> PoolSection:
-        return self._config.prefill if role is Role.PREFILL else self._config.decode
+        return choose_cores(seat.cores, others, self._config.pool(member.role).cpus_per_worker)
 
     def _specify(self, member: Member, seat: Seat) -> WorkerSpec:
         host = self._bind_host or seat.address
@@ -329,27 +326,25 @@ class Workforce:
         except Exception as error:
             reason = summarise(error)
         if member.state is not WorkerState.STOPPING:
-            await self._fail(member, reason)
+            self._fail(member, reason)
 
     def drop_silent(self) -> None:
         """Give up workers that answer no more; tell those that change role once more: the
         connection may have broken after the order was written to it."""
         for member in list(self._members.values()):
             if member.state in _UP and member.link is not None and member.link.is_lost:
-                is_new = _is_new(member)
-                member.enter(WorkerState.STOPPING, time.time())
-                self._spawn(self._fail(member, "it stopped answering heartbeats", is_new))
+                self._fail(member, "it stopped answering heartbeats")
             elif member.state is WorkerState.FLIPPING:
                 self._tell_role(member)
 
-    async def _fail(self, member: Member, reason: str, is_new: bool | None = None) -> None:
+    def _fail(self, member: Member, reason: str) -> None:
         self._note(f"{member.worker_id} failed: {reason}")
-        if _is_new(member) if is_new is None else is_new:
+        if _is_new(member):
             why = f"{member.worker_id}: {reason}"
             self._history.count_failure(member.role, why, time.time())
         member.enter(WorkerState.STOPPING, time.time())
         member.handle.kill()
-        await self._forget(member)
+        self._spawn(self._forget(member))
 
     def stop(self, worker_id: WorkerId, reason: str, is_failure: bool) -> None:
         member = self._members[worker_id]

@@ -78,12 +78,14 @@ class Deployment:
     def _refuse_another_of_the_name(self) -> None:
         """A deployment of this name on the cluster is somebody's: its pools would be ours."""
         name = self._config.cluster.name
-        with suppress(ValueError):
+        try:
             find_controller(name)
-            raise Unavailable(
-                f"a deployment named {name!r} runs on that cluster already: give this one another"
-                " --name, or take that one down where it was started"
-            )
+        except ValueError:
+            return
+        raise Unavailable(
+            f"a deployment named {name!r} runs on that cluster already: give this one another"
+            " --name, or take that one down where it was started"
+        )
 
     def _start_ray(self) -> None:
         self._join_ray()

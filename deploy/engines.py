@@ -45,7 +45,7 @@ def vllm_engine(spec: WorkerSpec) -> Engine:
 def _model_in_pool(spec: WorkerSpec) -> ModelSection:
     """Return the model's section with what its pool lays over the engine's arguments."""
     model, config = spec.config.model, spec.config
-    pool = config.prefill if spec.role is Role.PREFILL else config.decode
+    pool = config.pool(spec.role)
     split = {"tensor_parallel_size": pool.tensor_parallel_size}
     return model.model_copy(update={"engine_args": split | model.engine_args | pool.engine_args})
 

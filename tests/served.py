@@ -129,6 +129,14 @@ def tandem_command(name: str, port: int, flags: Mapping[str, Any], verb: str) ->
     return command
 
 
+def tandem_status(name: str) -> dict[str, Any]:
+    """Return what `tandem status` says of the deployment, empty while nobody answers."""
+    command = [sys.executable, "-m", "deploy.cli", "status", "--name", name, "--json"]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    document: dict[str, Any] = json.loads(output.stdout) if output.stdout else {}
+    return document
+
+
 @contextlib.contextmanager
 def tandem(name: str, model: Path = BUNDLED_MODEL, **flags: Any) -> Iterator[Served]:
     """Run `tandem serve`; keyword `model__dtype` is `--model.dtype`. Checks the exit status."""

@@ -8,10 +8,8 @@ the idle deployment beside both. The other two are in `roles.py`.
 
 import argparse
 import asyncio
-import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -26,7 +24,7 @@ from cluster.worker_spec import WorkerSpec
 from deploy.engines import ENGINES, ROLES
 from tests.benchmarks.roles import PERIOD_S, RoleTimes, time_roles
 from tests.benchmarks.sections import table, write_section
-from tests.served import monolith, tandem, wait_until
+from tests.served import monolith, tandem, tandem_status, wait_until
 
 NAME = "bench-start"
 NUM_ROUNDS = 3
@@ -47,9 +45,7 @@ ENGINE: dict[str, Any] = {
 
 def decode_worker() -> dict[str, Any] | None:
     """Return the status of the deployment's decode worker, once it serves."""
-    command = [sys.executable, "-m", "deploy.cli", "status", "--name", NAME, "--json"]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    workers = json.loads(output.stdout)["workers"]
+    workers = tandem_status(NAME)["workers"]
     found = [w for w in workers if w["role"] == "decode" and w["state"] == "ready"]
     return found[0] if found else None
 

@@ -1,9 +1,6 @@
 """The controller dies under load: requests flow, and the next one goes on where it was."""
 
-import json
 import signal
-import subprocess
-import sys
 import time
 from typing import Any
 
@@ -11,7 +8,7 @@ import psutil
 import pytest
 
 from tests.background_load import BackgroundLoad
-from tests.served import Served, tandem, wait_until
+from tests.served import Served, tandem, tandem_status, wait_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
@@ -20,13 +17,6 @@ RATE, PROMPT_TOKENS, OUTPUT_TOKENS = 8.0, 100, 12
 BEFORE_S, DEAD_S = 20.0, 30.0
 # p99 of a few hundred requests on shared cores: one late wake-up is not the controller's.
 LIMIT, HICCUP_S = 1.2, 0.03
-
-
-def status() -> dict[str, Any]:
-    command = [sys.executable, "-m", "deploy.cli", "status", "--name", NAME, "--json"]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    document: dict[str, Any] = json.loads(output.stdout) if output.stdout else {}
-    return document
 
 
 def controller_of(served: Served) -> psutil.Process:
@@ -43,7 +33,7 @@ def test_nobody_notices_a_dead_controller_and_the_next_one_adopts_everything() -
         "decode__workers": 2,
     }
     with tandem(NAME, **flags) as served:
-        before = {w["worker_id"]: w["pid"] for w in status()["workers"]}
+        before = {w["worker_id"]: w["pid"] for w in tandem_status(NAME)["workers"]}
         with BackgroundLoad(served, lambda _: RATE, PROMPT_TOKENS, OUTPUT_TOKENS) as load:
             time.sleep(BEFORE_S)  # the reference: as long a stretch of the same load
             controller = controller_of(served)
@@ -52,8 +42,8 @@ def test_nobody_notices_a_dead_controller_and_the_next_one_adopts_everything() -
             time.sleep(DEAD_S)  # how long it is to be dead
             killed_s = load.elapsed_s
             controller.kill()
-            wait_until(lambda: status().get("epoch") == 2, 60, "the next controller")
-            after = status()
+            wait_until(lambda: tandem_status(NAME).get("epoch") == 2, 60, "the next controller")
+            after = tandem_status(NAME)
     report = load.result()
     assert report.failures == []
     assert {w["worker_id"]: w["pid"] for w in after["workers"]} == before

@@ -1,10 +1,7 @@
 """Processes killed while requests run: the answers stay right and nothing is left behind."""
 
 import asyncio
-import json
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +16,7 @@ from cluster.messages import WorkerSnapshot
 from cluster.names import RouterId, WorkerId
 from cluster.request_plane import WorkerLink
 from tests.prompts import prompt_of
-from tests.served import Served, tandem, wait_until
+from tests.served import Served, tandem, tandem_status, wait_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600)]
 
@@ -43,19 +40,11 @@ def expected(deployment: Served) -> list[list[int]]:
     return [deployment.tokens(prompt, **PARAMETERS) for prompt in PROMPTS]
 
 
-def status() -> dict[str, Any]:
-    """Return what `tandem status` says of the deployment."""
-    command = [sys.executable, "-m", "deploy.cli", "status", "--name", NAME, "--json"]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    document: dict[str, Any] = json.loads(output.stdout)
-    return document
-
-
 def ready_worker(role: str) -> dict[str, Any]:
     """Return the status of a pool's worker, once it serves."""
 
     def find() -> dict[str, Any] | None:
-        workers = status()["workers"]
+        workers = tandem_status(NAME)["workers"]
         return next((w for w in workers if w["role"] == role and w["state"] == "ready"), None)
 
     return wait_until(find, REPLACED_WITHIN_S, f"a {role} worker serves")

@@ -1,6 +1,5 @@
 """A Ray node dies while the pools change size: they converge, and nothing of it is left."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from ray.util.placement_group import placement_group_table
 from cluster.ray_plane import NAMESPACE
 from deploy.ports import free_port
 from tests.background_load import BackgroundLoad
-from tests.served import Served, start, stop, tandem_command, wait_until
+from tests.served import Served, start, stop, tandem_command, tandem_status, wait_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 
@@ -53,15 +52,8 @@ def served(cluster: Cluster) -> Iterator[Served]:
         subprocess.run(command, check=False, capture_output=True)
 
 
-def status() -> dict[str, Any]:
-    command = [sys.executable, "-m", "deploy.cli", "status", "--name", NAME, "--json"]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    document: dict[str, Any] = json.loads(output.stdout)
-    return document
-
-
 def nodes_of_ready() -> list[str]:
-    return [w["node"] for w in status()["workers"] if w["state"] == "ready"]
+    return [w["node"] for w in tandem_status(NAME)["workers"] if w["state"] == "ready"]
 
 
 def scale(prefill: int, decode: int) -> None:
@@ -79,10 +71,10 @@ def test_pools_converge_after_a_node_dies_while_they_grow(cluster: Cluster, serv
         cluster.remove_node(second, allow_graceful=False)
         wait_until(lambda: second.node_id not in nodes_of_ready(), 60, "its workers are gone")
         assert len(nodes_of_ready()) == 4
-        wait_until(lambda: status()["unplaced"], 30, "what has no room says so")
+        wait_until(lambda: tandem_status(NAME)["unplaced"], 30, "what has no room says so")
         cluster.add_node(**NODE, labels={"tandem/s1": "c"})
         wait_until(lambda: len(nodes_of_ready()) == 8, 90, "eight workers again")
-        assert status()["unplaced"] == []
+        assert tandem_status(NAME)["unplaced"] == []
     # A stream that the dead node's decode worker had begun ends with an error; no other does.
     late = [f for f in load.result().failures if not _is_cut(f, killed_s)]
     assert late == []
