@@ -28,9 +28,10 @@ class LoadMeter:
         self._tbt.observe(gap_s)
 
     def end(self, num_output_tokens: int, is_success: bool) -> None:
-        self._output_tokens += num_output_tokens
         if is_success:
             self._finished += 1
+            # Of finished ones only: a cut stream says nothing of how long answers are.
+            self._output_tokens += num_output_tokens
         else:
             self._failed += 1
 

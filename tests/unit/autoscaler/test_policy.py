@@ -221,6 +221,11 @@ def test_pinned_sizes_move_at_once_and_stay() -> None:
     assert over.final == Sizes(2, 40) and laws(over) == ["limits"]
 
 
+def test_a_pin_is_followed_at_once_from_sizes_outside_the_limits() -> None:
+    decision = decision_of(state(50, 50, pin=Pin(Sizes(2, 1), "by hand")))
+    assert (decision.final, decision.driver) == (Sizes(2, 1), Driver.PIN)
+
+
 def test_the_ratio_is_repaired_step_by_step_when_nothing_else_moves() -> None:
     calm = snapshot(decode_tps=400.0)
     grown = decision_of(state(2, 4), calm)
