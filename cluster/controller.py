@@ -18,9 +18,11 @@ from cluster import reconcile
 from cluster.config import TandemConfig
 from cluster.controller_store import ControllerStore
 from cluster.errors import Unavailable
+from cluster.history import History
 from cluster.load import ClusterLoad, RouterLoad
 from cluster.members import Launcher
 from cluster.names import Role, RouterId
+from cluster.overview import scales, state_document
 from cluster.placer import Orders, Placer
 from cluster.pools import Pools
 from cluster.service import Counts
@@ -63,6 +65,10 @@ class PoolScaler(Protocol):
 
     def decisions(self, after: int, limit: int) -> list[dict[str, Any]]: ...
 
+    def view(self) -> dict[str, Any]:
+        """Return the signal beside what it is held against, JSON-able."""
+        ...
+
     @property
     def revision(self) -> Hashable: ...
 
@@ -101,6 +107,8 @@ class Controller:
         self._sizes = {Role.PREFILL: config.prefill.workers, Role.DECODE: config.decode.workers}
         self._scaler: PoolScaler | None = None
         self._routers: dict[RouterId, RouterLoad] = {}
+        self._history = History()
+        self._domains: Mapping[str, str] = {}
         self._listed: list[WorkerEntry] = []
         self._version = 1
         self._has_changed = asyncio.Event()
@@ -182,6 +190,16 @@ class Controller:
             "failed_proofs": {"->".join(p): t.reason for p, t in observed.failed_proofs.items()},
         }
 
+    def state(self) -> dict[str, Any]:
+        """Return the status beside load, signal and latencies, JSON-able."""
+        scaling = self._scaler.view() if self._scaler else None
+        recent = self._history.recent()
+        return state_document(self.status(), self.load(), scaling, recent, self._domains)
+
+    def history(self, after: int) -> dict[str, Any]:
+        """Return the samples later than Unix second `after`, JSON-able."""
+        return self._history.document(after)
+
     def _note(self, event: str) -> None:
         logger.info("%s", event)
         self._num_events += 1
@@ -222,6 +240,7 @@ class Controller:
                     break
                 await self._act()
                 self._announce()
+                self._sample()
                 await self._pause()
         finally:
             scaling.cancel()
@@ -237,6 +256,12 @@ class Controller:
             self._version += 1
             self._has_changed.set()
             self._has_changed = asyncio.Event()
+
+    def _sample(self) -> None:
+        if self._scaler is not None and self._history.is_due(self.now()):
+            load = self.load()
+            seen = scales(load, self._sizes, self._scaler.view())
+            self._history.add(load.at, load.routers, seen)
 
     async def _pause(self) -> None:
         try:
@@ -311,6 +336,7 @@ class Controller:
         workers = self._workforce.placed()
         orders = await asyncio.to_thread(self._placer.plan, workers, wanted, self._placed_at)
         self._workforce.value_nodes(orders.values)
+        self._domains = orders.domains
         self._give_up(orders)
         for worker_id in orders.stranded:
             self._workforce.give_up_claim(worker_id, "the node it was to start on is gone")

@@ -24,6 +24,7 @@ from cluster.ray_plane import find_controller, start_controller
 from cluster.worker_spec import Parts
 from deploy import signals
 from deploy.connect import connect
+from deploy.dashboard.pages import dashboard_pages
 from deploy.engines import AUTOSCALER, ENGINES, ROLES
 from deploy.local_ray import start_local_ray
 from deploy.ports import require_free
@@ -135,7 +136,9 @@ class Deployment:
         serve.run_many(
             [
                 serve.RunTarget(
-                    router_application(self._config, env, start_controller), self._session.name, "/"
+                    router_application(self._config, env, start_controller, dashboard_pages()),
+                    self._session.name,
+                    "/",
                 )
             ],
             wait_for_ingress_deployment_creation=False,

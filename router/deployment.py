@@ -25,6 +25,7 @@ from cluster.snapshot import WorkerEntry
 from router.exchange import REQUEST_ID_HEADER, AsgiApp, Message, Receive, Scope, Send
 from router.flow import Flow
 from router.membership import Membership
+from router.pages import Pages
 from router.records import Records, RequestRecord
 from router.surface import Operations, build_surface
 
@@ -63,17 +64,29 @@ class ControllerView:
             return None
 
     async def decisions(self, after: int, limit: int) -> Sequence[Mapping[str, object]]:
-        """Return up to `limit` decisions that follow number `after`, oldest first.
+        """Return up to `limit` decisions that follow number `after`, oldest first."""
+        page: list[Mapping[str, object]] = await self._question("decisions", after, limit)
+        return page
 
-        Raise `Unavailable` if the controller does not answer; `ask` finds or starts the next.
+    async def state(self) -> Mapping[str, object]:
+        state: Mapping[str, object] = await self._question("state")
+        return state
+
+    async def history(self, after: int) -> Mapping[str, object]:
+        """Return the samples later than Unix second `after`."""
+        history: Mapping[str, object] = await self._question("history", after)
+        return history
+
+    async def _question(self, name: str, *arguments: int) -> Any:
+        """Return what the controller answers an operator.
+
+        Raise `Unavailable` if it does not; `ask` finds or starts the next.
         """
         if self._controller is None:
             raise Unavailable("the controller does not answer this router")
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                page: list[Mapping[str, object]]
-                page = await self._controller.decisions.remote(after, limit)
-                return page
+                return await getattr(self._controller, name).remote(*arguments)
         except (TimeoutError, ray.exceptions.RayError) as error:
             # Ray adds a page of advice.
             reason = str(error).partition("\n")[0] or f"nothing within {_ANSWER_TIMEOUT_S:g} s"
@@ -91,7 +104,7 @@ class RouterReplica:
 
     # Serve awaits it.
     async def __init__(  # type: ignore[misc]
-        self, config: TandemConfig, start_controller: Callable[[], Any]
+        self, config: TandemConfig, start_controller: Callable[[], Any], pages: Pages
     ) -> None:
         # vLLM's front-end takes seconds to import and only replicas need it.
         from router.app import build_frontend
@@ -105,10 +118,16 @@ class RouterReplica:
         frontend = await build_frontend(config.model, self._flow)
         self._view = ControllerView(start_controller)
         operations = Operations(
-            self._health, self._record, self._recent, self._flow.status, self._view.decisions
+            self._health,
+            self._record,
+            self._recent,
+            self._flow.status,
+            self._view.decisions,
+            self._view.state,
+            self._view.history,
         )
         surface = build_surface(
-            {config.model.name: frontend}, operations, self._latest_record, config.router
+            {config.model.name: frontend}, operations, self._latest_record, config.router, pages
         )
         self._surface = WithoutRequestId(surface)
         self._polling = asyncio.create_task(self._poll())
@@ -155,8 +174,15 @@ class RouterReplica:
         return exchange.as_document() if exchange is not None else None
 
     def _recent(self, num: int) -> list[Mapping[str, object]]:
+        # Records are timed by the loop's clock.
+        began_at = time.time() - asyncio.get_running_loop().time()
         return [
-            {"exchange_id": record.exchange_id, **record.as_document()}
+            {
+                "exchange_id": record.exchange_id,
+                "router_id": self._router_id,
+                "arrived_at": began_at + record.timeline.arrived_s,
+                **record.as_document(),
+            }
             for record in self._records.latest(num)
         ]
 
@@ -179,11 +205,15 @@ class WithoutRequestId:
 
 
 def router_application(
-    config: TandemConfig, env: Mapping[str, str], start_controller: Callable[[], Any]
+    config: TandemConfig,
+    env: Mapping[str, str],
+    start_controller: Callable[[], Any],
+    pages: Pages,
 ) -> Any:
     """Return the Serve application that runs the configured number of routers.
 
     `start_controller` returns the deployment's controller actor, started if there is none.
+    `pages` are served as they are.
     """
     deployment = serve.deployment(
         name="router",
@@ -197,4 +227,4 @@ def router_application(
             "runtime_env": {"env_vars": {**env, "CUDA_VISIBLE_DEVICES": ""}},
         },
     )
-    return deployment(serve.ingress()(RouterReplica)).bind(config, start_controller)
+    return deployment(serve.ingress()(RouterReplica)).bind(config, start_controller, pages)

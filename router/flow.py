@@ -241,6 +241,7 @@ class Flow:
                 metrics.PROMPT_TOKENS.labels(origin).inc(num_tokens)
         if tokens.receipt is not None:
             record.receipt = tokens.receipt
+            self.meter.hand_over(tokens.receipt.received_bytes)
             metrics.HANDOFF_BYTES.inc(tokens.receipt.received_bytes)
             metrics.HANDOFF_MISMATCHES.inc(int(record.bytes_agree is False))
             metrics.TRANSFER_SECONDS.observe(tokens.receipt.transfer_s)
@@ -266,6 +267,8 @@ class Flow:
             self._give_up(run, error)
         cause = _cause(error, run.side)
         run.record.record_setback(cause, str(error), _now())
+        if cause is Cause.HANDOFF_FAILED:
+            self.meter.fail_handoff()
         if run.is_answered or not should_retry(run.tries, cause, self._config):
             self._give_up(run, error)
         metrics.RECOVERIES.labels(cause.value).inc()

@@ -54,8 +54,10 @@ async def get(path: str, controller: FakeController | None) -> httpx.Response:
         recent=lambda _: [],
         pinned=dict,
         decisions=view.decisions,
+        state=view.state,
+        history=view.history,
     )
-    transport = httpx.ASGITransport(operator_app(operations))
+    transport = httpx.ASGITransport(operator_app(operations, {}))
     async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as client:
         return await client.get(path)
 

@@ -12,6 +12,7 @@ from cluster.config import RouterSection
 from cluster.errors import Unavailable
 from router.dispatch import ModelDispatch
 from router.exchange import AsgiApp, Receive, Scope, Send
+from router.pages import Page
 from router.surface import Operations, build_surface, show_blocks
 
 RECORDS: dict[str, dict[str, object]] = {name: {"id": name} for name in ("first", "second")}
@@ -22,16 +23,27 @@ async def decisions(after: int, limit: int) -> list[dict[str, object]]:
     return page[:limit]
 
 
+async def state() -> dict[str, object]:
+    return {"name": "tandem"}
+
+
+async def history(after: int) -> dict[str, object]:
+    return {"rows": [], "next": after}
+
+
 async def no_controller(after: int, limit: int) -> list[dict[str, object]]:
     raise Unavailable("the controller does not answer")
 
 
+PAGES = {"/dashboard": Page(b"<!doctype html>", "text/html; charset=utf-8")}
 OPERATIONS = Operations(
     health=lambda: (True, "serving"),
     record=RECORDS.get,
     recent=lambda limit: list(RECORDS.values())[:limit],
     pinned=lambda: {"open_reservations": 3},
     decisions=decisions,
+    state=state,
+    history=history,
 )
 
 
@@ -55,7 +67,7 @@ def frontend(name: str) -> AsgiApp:
 
 def endpoint(*names: str, operations: Operations = OPERATIONS) -> httpx.AsyncClient:
     frontends = {name: frontend(name) for name in names}
-    app = build_surface(frontends, operations, lambda _: None, RouterSection())
+    app = build_surface(frontends, operations, lambda _: None, RouterSection(), PAGES)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tandem")
 
 
