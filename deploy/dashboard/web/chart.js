@@ -233,7 +233,8 @@ function limitLine(limit, y, width) {
   if (limit === null || limit.value === null) return [];
   const at = y(limit.value);
   const line = { class: "mark-line dashed tone-bad", d: `M${EDGE.left} ${at}H${width - EDGE.right}` };
-  const text = { x: width - EDGE.right - 2, y: at - 4, "text-anchor": "end" };
+  const below = at < EDGE.top + 14 ? 13 : -5;
+  const text = { x: EDGE.left + 4, y: at + below };
   return [svg("path", line), svg("text", text, limit.label)];
 }
 

@@ -2,7 +2,7 @@
 
 import { Chart } from "./chart.js";
 import { byId } from "./dom.js";
-import { bytesPerSecond, count, ofUnit, perSecond, seconds } from "./format.js";
+import { bytes, bytesPerSecond, count, ofUnit, perSecond, seconds } from "./format.js";
 
 const ratioOf = (prefill, decode) => (samples, index) => {
   const below = samples.value(decode, index);
@@ -30,7 +30,7 @@ const PLANS = [
     lines: [
       { name: "signal", label: "load", tone: "tone-signal", marker: "circle", hasArea: true },
       { name: "capacity", label: "capacity", tone: "tone-ink", style: "thin", marker: "square", isStep: true },
-      { name: "target", label: "at wanted size", tone: "tone-transfer", style: "dashed", isStep: true },
+      { name: "target", label: "target at wanted size", tone: "tone-transfer", style: "dashed", isStep: true },
     ],
   },
   {
@@ -91,8 +91,9 @@ const PLANS = [
   {
     id: "chart-handoff",
     title: "KV hand-offs",
-    unit: "",
+    unit: "bytes per second",
     show: bytesPerSecond,
+    showTick: bytes,
     lines: [
       { name: "handoff_bytes_per_s", label: "moved", tone: "tone-transfer", marker: "diamond", hasArea: true },
       // Told as a number only: another scale would mislead.

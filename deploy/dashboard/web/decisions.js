@@ -2,7 +2,7 @@
 
 import { byId, choices, el, keep, rove, roveAgain, say } from "./dom.js";
 import { block, table } from "./drawer.js";
-import { clock, count, sizes, span, words } from "./format.js";
+import { clock, count, percent, seconds, sizes, span, words } from "./format.js";
 import { icon } from "./icons.js";
 
 const KEPT = 1000;
@@ -105,7 +105,7 @@ export class Decisions {
     return [
       el("p", { class: "note" }, decision.reason),
       block("From what was asked to what was done", this.steps(decision)),
-      block("Inputs", table(decision.inputs.map(([name, value]) => [words(name), reading(value)]))),
+      block("Inputs", table(decision.inputs.map(([name, value]) => reading(name, value)))),
       block("Outcome", el("p", { class: "note outcome" }, this.outcome(record))),
       block("Everything it could see", table(snapshotRows(record.snapshot))),
       block("What it remembered", table(stateRows(state, record.now))),
@@ -177,9 +177,29 @@ export class Decisions {
   }
 }
 
-/** A number, or why there is none. */
-const reading = (value) =>
-  value !== null && typeof value === "object" ? `${value.is_idle ? "idle" : "missing"}: ${value.missing}` : count(value);
+const LABELS = {
+  decode_tps: "decode tokens/s",
+  prefill_tps: "prefill tokens/s",
+  arriving_tps: "arriving tokens/s",
+  arrivals_per_s: "requests/s",
+  prefill_util: "prefill busy",
+  decode_util: "decode busy",
+  ttft_s: "TTFT",
+  tbt_s: "time between tokens",
+  prompt_tokens: "prompt tokens per request",
+  output_tokens: "output tokens per request",
+  latency_ratio: "latency over objective",
+};
+
+/** A name and its number, or why there is none. @returns {[string, string]} */
+function reading(name, value) {
+  const label = LABELS[name] ?? words(name);
+  if (value !== null && typeof value === "object") {
+    return [label, `${value.is_idle ? "idle" : "missing"}: ${value.missing}`];
+  }
+  if (name.endsWith("_s") && !name.endsWith("_per_s")) return [label, seconds(value)];
+  return [label, name.endsWith("_util") ? percent(value) : count(value)];
+}
 
 function snapshotRows(snapshot) {
   const pools = ["prefill", "decode"].map((role) => {
@@ -187,7 +207,7 @@ function snapshotRows(snapshot) {
     return [role, parts.map(([kind, number]) => `${number} ${words(kind)}`).join(", ") || "none"];
   });
   const rest = Object.entries(snapshot).filter(([name]) => !["prefill", "decode", "worker_gpus"].includes(name));
-  return [...pools, ...rest.map(([name, value]) => [words(name), reading(value)])];
+  return [...pools, ...rest.map(([name, value]) => reading(name, value))];
 }
 
 function stateRows(state, now) {

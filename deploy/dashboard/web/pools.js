@@ -66,13 +66,13 @@ export class Pools {
       part("state").replaceChildren(stateIcon(worker.state), words(worker.state));
     }
     widen(part("busy"), busy ?? 0);
-    const running = `${count(worker.num_running)} running, ${count(worker.num_waiting)} waiting`;
-    say(part("load-says"), busy === null ? running : `${percent(busy)} · ${running}`);
+    say(part("busy-share"), percent(busy));
+    say(part("load-says"), `${count(worker.num_running)} running · ${count(worker.num_waiting)} waiting`);
     showBlocks(part, worker);
     const rate = tokens === null ? "" : `${count(tokens)} tokens/s`;
     const age = worker.state === "ready" ? "" : `for ${span(Math.max(0, state.at - worker.since))}`;
     say(part("does"), [rate, age].filter(Boolean).join(" · ") || NOTHING);
-    const domain = worker.domain ? `domain ${worker.domain}` : "no network labels";
+    const domain = worker.domain ? `domain ${worker.domain}` : "no network domain";
     say(part("where"), worker.node === null ? "no place yet" : `${domain} · ${cores(worker)}`);
     set(part("where"), "title", worker.node === null ? "" : `node ${worker.node}`);
   }
@@ -81,12 +81,13 @@ export class Pools {
 const cores = (worker) => `core${worker.cpus.length === 1 ? "" : "s"} ${worker.cpus.join(", ")}`;
 
 function showSizes(node, state, role, workers) {
-  const others = workers.length - state.ready[role];
-  node.replaceChildren(
-    el("b", { class: "ready" }, String(state.ready[role])),
-    ` ready of ${state.desired[role]} wanted`,
-    others > 0 ? `, ${others} other${others === 1 ? "" : "s"}` : "",
-  );
+  const others = new Map();
+  for (const worker of workers) {
+    if (worker.state !== "ready") others.set(worker.state, (others.get(worker.state) ?? 0) + 1);
+  }
+  const rest = Array.from(others, ([kind, number]) => `, ${number} ${words(kind)}`);
+  const ready = el("b", { class: "ready" }, String(state.ready[role]));
+  node.replaceChildren(ready, ` ready of ${state.desired[role]} wanted`, ...rest);
 }
 
 function showBlocks(part, worker) {
@@ -94,12 +95,14 @@ function showBlocks(part, worker) {
   if (!all) {
     widen(part("used"), 0);
     widen(part("pinned"), 0);
-    return say(part("kv-says"), NOTHING);
+    say(part("kv-share"), NOTHING);
+    return say(part("kv-says"), "no blocks yet");
   }
   const used = Math.max(0, all - free - pinned);
   widen(part("used"), used / all);
   widen(part("pinned"), pinned / all);
-  return say(part("kv-says"), `${count(pinned)} pinned, ${count(used)} used of ${count(all)}`);
+  say(part("kv-share"), percent((pinned + used) / all));
+  return say(part("kv-says"), `${count(pinned)} pinned of ${count(all)}`);
 }
 
 function tile(worker) {
@@ -112,18 +115,19 @@ function tile(worker) {
       el("span", { class: "mono id" }, worker.worker_id),
       el("span", { class: "state" }),
     ),
-    measure("busy", "load-says", [el("i", { class: "busy" })]),
-    measure("KV", "kv-says", [el("i", { class: "pinned" }), el("i", { class: "used" })]),
+    measure("busy", "busy-share", "load-says", [el("i", { class: "busy" })]),
+    measure("KV", "kv-share", "kv-says", [el("i", { class: "pinned" }), el("i", { class: "used" })]),
     el("footer", {}, el("div", { class: "does" }), el("div", { class: "where" })),
   );
 }
 
-function measure(label, says, pieces) {
+function measure(label, share, says, pieces) {
   return el(
     "div",
     { class: "measure" },
     el("span", {}, label),
     el("span", { class: "meter", "aria-hidden": "true" }, ...pieces),
+    el("span", { class: `share ${share}` }),
     el("span", { class: `says ${says}` }),
   );
 }

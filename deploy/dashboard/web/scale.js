@@ -15,13 +15,18 @@ export function linearAxis(most, isWhole = false) {
   return { low: 0, high, ticks, isLog: false };
 }
 
-/** Return a logarithmic axis of whole decades around both ends. @returns {Axis} */
+const LEAST_S = 1e-4;
+
+/** Return a logarithmic axis around both ends, with few enough round ticks. @returns {Axis} */
 export function logAxis(least, most) {
-  const first = Math.floor(Math.log10(Math.max(least, 1e-4)) + 1e-9);
-  const last = Math.max(first + 1, Math.ceil(Math.log10(Math.max(most, 1e-4)) - 1e-9));
-  const ticks = [];
-  for (let power = first; power <= last; power += 1) ticks.push(10 ** power);
-  return { low: 10 ** first, high: 10 ** last, ticks, isLog: true };
+  const [low, high] = [Math.max(least, LEAST_S) * 0.95, Math.max(most, LEAST_S) * 1.15];
+  const all = [];
+  for (let power = -4; power <= 4; power += 1) all.push(...[1, 2, 5].map((each) => each * 10 ** power));
+  const first = Math.max(0, all.findLastIndex((tick) => tick <= low));
+  const last = Math.max(first + 2, all.findIndex((tick) => tick >= high));
+  const between = all.slice(first, last + 1);
+  const ticks = between.length <= 5 ? between : between.filter((_, index) => (first + index) % 3 === 0);
+  return { low: all[first], high: all[Math.min(last, all.length - 1)], ticks, isLog: true };
 }
 
 /** Return the share of the axis below `value`. @param {Axis} axis */
