@@ -19,6 +19,7 @@ export class Decisions {
     this.drawer = drawer;
     this.samples = samples;
     this.state = null;
+    this.opened = null;
     /** @type {any[]} oldest first */
     this.records = [];
     this.kind = "all";
@@ -42,6 +43,9 @@ export class Decisions {
     const rule = { off: "The autoscaler is off", advise: "Advice only, nothing is changed", act: "The autoscaler acts" };
     const held = pin === null ? "" : ` · held at ${pin}`;
     say(byId("scaling"), `${rule[state.autoscaler]}${held}`);
+    if (this.drawer.isOpen && this.drawer.owner === this) {
+      say(this.drawer.dialog.querySelector(".outcome"), this.outcome(this.opened));
+    }
     const empty = byId("no-decisions");
     empty.hidden = this.shown().length > 0;
     if (!empty.hidden) say(empty, this.records.length > 0 ? "No move yet." : "No decision yet.");
@@ -97,7 +101,8 @@ export class Decisions {
       const next = all[all.findIndex((each) => each.seq === record.seq) + by];
       if (next !== undefined) this.open(next);
     };
-    this.drawer.show(title, this.explain(record), step, opener);
+    this.opened = record;
+    this.drawer.show(this, title, this.explain(record), step, opener);
   }
 
   explain(record) {

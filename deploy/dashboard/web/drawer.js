@@ -7,6 +7,7 @@ export class Drawer {
   constructor() {
     /** @type {HTMLDialogElement} */
     this.dialog = byId("drawer");
+    this.owner = null;
     this.onStep = null;
     this.opener = null;
     this.dialog.addEventListener("click", (event) => {
@@ -26,13 +27,14 @@ export class Drawer {
   }
 
   /**
-   * Show `title` and `parts`; `onStep` goes to the neighbour in the list, 1 to
+   * Show `title` and `parts` of `owner`; `onStep` goes to the neighbour in the list, 1 to
    * the older one. `opener` gets the focus
    * when the drawer closes.
-   * @param {(Node | string)[]} title @param {Node[]} parts
+   * @param {object} owner @param {(Node | string)[]} title @param {Node[]} parts
    * @param {(by: number) => void} onStep @param {HTMLElement} opener
    */
-  show(title, parts, onStep, opener) {
+  show(owner, title, parts, onStep, opener) {
+    this.owner = owner;
     this.onStep = onStep;
     this.opener = opener;
     const held = this.dialog.contains(document.activeElement) ? document.activeElement.id : null;

@@ -47,7 +47,9 @@ export class Requests {
     this.kind = "all";
     this.isPaused = false;
     this.isVisible = true;
-    this.now = 0;
+    this.ahead = 0;
+    this.opened = "";
+    this.isInFlight = false;
     this.list = byId("request-list");
     rove(this.list);
     this.listen();
@@ -88,6 +90,8 @@ export class Requests {
     }
     this.forget(new Set(requests.map((request) => request.router_id)), requests);
     this.draw();
+    const isShown = this.drawer.isOpen && this.drawer.owner === this;
+    if (isShown && this.isInFlight) this.open(this.opened);
   }
 
   /** What a router no longer lists as open has ended unseen; then only the newest are kept. */
@@ -101,8 +105,13 @@ export class Requests {
     this.known = new Map(byAge.slice(0, KEPT));
   }
 
+  /** Unix seconds by the server's clock. */
+  get now() {
+    return Date.now() / 1000 + this.ahead;
+  }
+
   show(state) {
-    this.now = state.at;
+    this.ahead = state.at - Date.now() / 1000;
     this.numRouters = state.routers.length;
     const present = new Set(state.routers.map((router) => router.router_id));
     const seen = [...this.routers].filter((id) => present.has(id)).length;
@@ -166,13 +175,15 @@ export class Requests {
   open(key) {
     const request = this.known.get(key);
     if (request === undefined) return;
+    this.opened = key;
+    this.isInFlight = request.outcome === null;
     const keys = Array.from(this.list.children, (child) => child.dataset.key);
     const at = keys.indexOf(key);
     const opener = this.list.children[at]?.firstElementChild ?? this.list;
     const step = (by) => keys[at + by] !== undefined && this.open(keys[at + by]);
     const is = request.outcome === null ? "busy" : isBad(request) ? "bad" : "good";
     const title = [icon(is), request.outcome ?? words(request.stage)];
-    this.drawer.show(title, this.explain(request), step, opener);
+    this.drawer.show(this, title, this.explain(request), step, opener);
   }
 
   explain(request) {

@@ -82,6 +82,8 @@ def endpoint(*names: str, operations: Operations = OPERATIONS) -> httpx.AsyncCli
         ("/admin/decisions?after=3", 200, {"decisions": [{"seq": 4}, {"seq": 5}], "next": 5}),
         ("/admin/decisions?after=1&limit=1", 200, {"decisions": [{"seq": 2}], "next": 2}),
         ("/admin/decisions?after=9", 200, {"decisions": [], "next": 9}),
+        ("/admin/state", 200, {"name": "tandem"}),
+        ("/admin/history?after=1800000000", 200, {"rows": [], "next": 1_800_000_000}),
         ("/v1/models", 200, {"object": "list", "data": [{"id": "a"}]}),
     ],
 )
@@ -105,6 +107,7 @@ async def test_answers(path: str, status: int, answer: object) -> None:
         ("/admin/decisions?after=٣", 400),
         ("/admin/decisions?after=", 400),
         ("/admin/decisions?after=" + "9" * 5000, 400),
+        ("/admin/history?after=x", 400),
     ],
 )
 async def test_refusals_are_openai_style(path: str, status: int) -> None:
