@@ -9,8 +9,9 @@ from typing import Any
 
 from autoscaler.decision import Action, Decision, Pin, PolicyState
 from autoscaler.decision_log import DecisionLog, Record
+from autoscaler.gauge import read_gauge
 from autoscaler.policy import decide
-from autoscaler.ratio import Sizes
+from autoscaler.ratio import Ratio, Sizes
 from autoscaler.signals import Signals, Snapshot, known_signals
 from cluster.config import TandemConfig
 from cluster.names import Role
@@ -84,6 +85,21 @@ class Autoscaler:
     def decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
         """Return up to `limit` records that follow number `after`, oldest first, JSON-able."""
         return [record.as_document() for record in self.log.page(after, limit)]
+
+    def view(self) -> dict[str, Any]:
+        """Return the signal beside what it is held against, and the rules in force, JSON-able."""
+        config, state = self._config, self.state
+        return {
+            "signal": read_gauge(config, self.snapshot(), state.target).as_document(),
+            "objectives": {
+                "ttft_s": config.slo_ttft_s,
+                "tbt_s": config.slo_tbt_s,
+                "quantile": config.latency_quantile,
+            },
+            "ratio": state.estimated_ratio or Ratio.configured(config).value,
+            "pin": None if state.pin is None else f"{state.pin.sizes}: {state.pin.reason}",
+            "last_seq": self.log.next_seq - 1,
+        }
 
     @property
     def revision(self) -> Hashable:

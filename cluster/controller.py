@@ -19,9 +19,11 @@ from cluster.config import TandemConfig
 from cluster.controller_metrics import ControllerMetrics
 from cluster.controller_store import ControllerStore
 from cluster.errors import Unavailable
+from cluster.history import History
 from cluster.load import ClusterLoad, RouterLoad
 from cluster.members import Launcher
 from cluster.names import Role, RouterId
+from cluster.overview import scales, state_document
 from cluster.placer import Orders, Placer
 from cluster.pools import Pools
 from cluster.service import Counts
@@ -71,6 +73,10 @@ class PoolScaler(Protocol):
         """Return what is measured now, by name; what is not known is left out."""
         ...
 
+    def view(self) -> dict[str, Any]:
+        """Return the signal beside what it is held against, JSON-able."""
+        ...
+
     @property
     def revision(self) -> Hashable: ...
 
@@ -111,6 +117,8 @@ class Controller:
         self._routers: dict[RouterId, RouterLoad] = {}
         self._router_targets: dict[RouterId, Address] = {}
         self._metrics = ControllerMetrics(config)
+        self._history = History()
+        self._domains: Mapping[str, str] = {}
         self._listed: list[WorkerEntry] = []
         self._version = 1
         self._has_changed = asyncio.Event()
@@ -202,6 +210,16 @@ class Controller:
             "failed_proofs": {"->".join(p): t.reason for p, t in observed.failed_proofs.items()},
         }
 
+    def state(self) -> dict[str, Any]:
+        """Return the status beside load, signal and latencies, JSON-able."""
+        scaling = self._scaler.view() if self._scaler else None
+        recent = self._history.recent()
+        return state_document(self.status(), self.load(), scaling, recent, self._domains)
+
+    def history(self, after: int) -> dict[str, Any]:
+        """Return the samples later than Unix second `after`, JSON-able."""
+        return self._history.document(after)
+
     def _note(self, event: str) -> None:
         logger.info("%s", event)
         self._num_events += 1
@@ -243,6 +261,7 @@ class Controller:
                 await self._act()
                 self._announce()
                 self._show()
+                self._sample()
                 await self._pause()
         finally:
             scaling.cancel()
@@ -264,6 +283,12 @@ class Controller:
         assert self._scaler is not None
         self._metrics.show(self._workforce.observe(), self._sizes, self._scaler, self.now())
         self._metrics.show_surroundings(self._epoch, len(self._routers), len(self._unplaced))
+
+    def _sample(self) -> None:
+        if self._scaler is not None and self._history.is_due(self.now()):
+            load = self.load()
+            seen = scales(load, self._sizes, self._scaler.view())
+            self._history.add(load.at, load.routers, seen)
 
     async def _pause(self) -> None:
         try:
@@ -338,6 +363,7 @@ class Controller:
         workers = self._workforce.placed()
         orders = await asyncio.to_thread(self._placer.plan, workers, wanted, self._placed_at)
         self._workforce.value_nodes(orders.values)
+        self._domains = orders.domains
         self._give_up(orders)
         for worker_id in orders.stranded:
             self._workforce.give_up_claim(worker_id, "the node it was to start on is gone")

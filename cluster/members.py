@@ -128,6 +128,8 @@ class Member:
             "worker_id": self.worker_id,
             "role": self.role.value,
             "state": self.state.value,
+            "since": self.since,
+            "is_spare": self.is_spare,
             "node": self.seat.node if self.seat else None,
             "pid": self.seat.pid if self.seat else None,
             "cpus": list(self.cpus),
