@@ -13,10 +13,19 @@ from tests.served import Served, tandem, tandem_status, wait_until
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
 NAME = "test-controller-loss"
+# A prefill takes 0.25 s and finds an idle worker (2 of 8 are busy on average: 1 in 1,000 does
+# not), so TTFT at p99 is that prefill, not a queue's luck nor a late wake-up of the machine.
 RATE, PROMPT_TOKENS, OUTPUT_TOKENS = 8.0, 100, 12
-BEFORE_S, DEAD_S = 20.0, 30.0
-# p99 of a few hundred requests on shared cores: one late wake-up is not the controller's.
-LIMIT, HICCUP_S = 1.2, 0.03
+FLAGS: dict[str, Any] = {
+    "model__engine": "simulated",
+    "model__max_model_len": 512,
+    "model__block_size": 16,
+    "simulated__prefill_tokens_per_s": 400.0,
+    "prefill__workers": 8,
+    "decode__workers": 2,
+}
+BEFORE_S, DEAD_S = 30.0, 30.0
+LIMIT = 1.2
 
 
 def controller_of(served: Served) -> psutil.Process:
@@ -26,13 +35,7 @@ def controller_of(served: Served) -> psutil.Process:
 
 
 def test_nobody_notices_a_dead_controller_and_the_next_one_adopts_everything() -> None:
-    flags: dict[str, Any] = {
-        "model__engine": "simulated",
-        "model__max_model_len": 512,
-        "model__block_size": 16,
-        "decode__workers": 2,
-    }
-    with tandem(NAME, **flags) as served:
+    with tandem(NAME, **FLAGS) as served:
         before = {w["worker_id"]: w["pid"] for w in tandem_status(NAME)["workers"]}
         with BackgroundLoad(served, lambda _: RATE, PROMPT_TOKENS, OUTPUT_TOKENS) as load:
             time.sleep(BEFORE_S)  # the reference: as long a stretch of the same load
@@ -47,8 +50,8 @@ def test_nobody_notices_a_dead_controller_and_the_next_one_adopts_everything() -
     report = load.result()
     assert report.failures == []
     assert {w["worker_id"]: w["pid"] for w in after["workers"]} == before
-    assert [w["state"] for w in after["workers"]] == ["ready"] * 3
+    assert [w["state"] for w in after["workers"]] == ["ready"] * 10
     reference = report.ttft_quantile(0.99, 2.0, stopped_s)
     dead = report.ttft_quantile(0.99, stopped_s, killed_s)
     print(f"TTFT p99 {1e3 * reference:.1f} ms before, {1e3 * dead:.1f} ms without a controller")
-    assert dead <= LIMIT * reference + HICCUP_S
+    assert dead <= LIMIT * reference
