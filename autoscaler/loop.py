@@ -100,7 +100,7 @@ class Autoscaler:
         self._is_ordered = False
         snapshot, before = self._signals.read(now), self.state
         decision, self.state = decide(self._config, before, snapshot, now)
-        self.log.append(snapshot, before, decision)
+        self.log.append(self._config, snapshot, before, decision)
         if decision.action is not Action.HOLD:
             _log.info("%s: %s", decision.action, decision.reason)
         if self._config.mode == "act" or before.pin is not None:

@@ -110,7 +110,7 @@ class PrefillDecodePolicy:
         self._next_at = now + config.scaled(config.decision_period_s)
         snapshot = self._signals.read(now)
         decision, after = decide(config, state, snapshot, now)
-        self._decisions(config).append(snapshot, state, decision)
+        self._decisions(config).append(config, snapshot, state, decision)
         self._tell(config, decision)
         return after
 
