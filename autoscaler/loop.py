@@ -60,7 +60,9 @@ class Autoscaler:
         """Take one sample; decide if it is time to and return the decision."""
         self._signals.add(self._pools.load())
         now = self._pools.now()
-        is_time = self._config.mode != "off" and now >= self._next_at
+        # More than a period to go: the clock has been set back since.
+        is_early = 0 < self._next_at - now <= self._config.scaled(self._config.decision_period_s)
+        is_time = self._config.mode != "off" and not is_early
         return self._decide(now) if is_time or self._is_ordered else None
 
     def pin(self, sizes: Mapping[Role, int], reason: str) -> None:
@@ -76,6 +78,16 @@ class Autoscaler:
     def snapshot(self) -> Snapshot:
         """Return what the next decision would rest on."""
         return self._signals.read(self._pools.now())
+
+    @property
+    def pinned(self) -> list[int] | None:
+        """The sizes ordered by hand, (P, D), None while the load decides."""
+        pin = self.state.pin
+        return None if pin is None else pin.sizes.as_document()
+
+    @property
+    def num_unwritten(self) -> int:
+        return self.log.num_unwritten
 
     def decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
         """Return up to `limit` records that follow number `after`, oldest first, JSON-able."""

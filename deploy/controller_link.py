@@ -7,7 +7,7 @@ from typing import Any
 
 from autoscaler.limits import Limits
 from autoscaler.ratio import Sizes
-from cluster.errors import TandemError, Unavailable
+from cluster.errors import TandemError, Unavailable, summarise
 from deploy.connect import connect_to
 from deploy.state import DeploymentState
 
@@ -39,7 +39,7 @@ class ControllerLink:
         try:
             return self._ray.get(answer, timeout=_TIMEOUT_S)
         except self._ray.exceptions.RayError as error:
-            raise _silent(self._name, error) from None
+            raise _unanswered(self._name, error) from None
 
 
 @contextmanager
@@ -55,17 +55,18 @@ def controller_of(state: DeploymentState) -> Iterator[ControllerLink]:
         try:
             actor = find_controller(state.name)
         except ValueError as error:
-            raise _silent(state.name, error) from None
+            raise _unanswered(state.name, error) from None
         yield ControllerLink(state.name, ray, actor)
     finally:
         ray.shutdown()
 
 
-def _silent(name: str, error: Exception) -> Unavailable:
-    # Ray adds a page of advice.
-    return Unavailable(
-        f"the controller of {name!r} does not answer: {str(error).partition(chr(10))[0]}"
-    )
+def _unanswered(name: str, error: Exception) -> Unavailable:
+    """Return what to tell the operator: the cause of what the controller raised, if it did."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, TandemError):
+        return Unavailable(f"the controller of {name!r}: {cause}")
+    return Unavailable(f"the controller of {name!r} does not answer: {summarise(error)}")
 
 
 def running_deployment(name: str) -> DeploymentState:

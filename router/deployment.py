@@ -18,7 +18,7 @@ import zmq.asyncio
 from ray import serve
 
 from cluster.config import TandemConfig
-from cluster.errors import Unavailable
+from cluster.errors import Unavailable, summarise
 from cluster.load import RouterLoad
 from cluster.names import Role, RouterId
 from cluster.snapshot import WorkerEntry
@@ -75,8 +75,8 @@ class ControllerView:
                 page = await self._controller.decisions.remote(after, limit)
                 return page
         except (TimeoutError, ray.exceptions.RayError) as error:
-            # Ray adds a page of advice.
-            reason = str(error).partition("\n")[0] or f"nothing within {_ANSWER_TIMEOUT_S:g} s"
+            is_late = isinstance(error, TimeoutError)
+            reason = f"nothing within {_ANSWER_TIMEOUT_S:g} s" if is_late else summarise(error)
             raise Unavailable(f"the controller does not answer: {reason}") from None
 
     async def controller(self) -> Any:

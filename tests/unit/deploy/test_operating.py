@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,13 @@ from cluster.autoscaler_config import AutoscalerSection
 from cluster.errors import ConfigError, TandemError, Unavailable
 from deploy import decisions, scale
 from deploy.cli import main
-from deploy.controller_link import ControllerLink, limits_of, missing_for, wait_for_sizes
+from deploy.controller_link import (
+    ControllerLink,
+    _unanswered,
+    limits_of,
+    missing_for,
+    wait_for_sizes,
+)
 from deploy.decisions import DecisionsView, line
 from deploy.processes import ProcessId
 from deploy.replay import first_difference, read_recording, rerun_lines, run
@@ -41,6 +48,8 @@ def status(prefill: int = 1, decode: int = 1, **changes: Any) -> dict[str, Any]:
         "epoch": 3,
         "autoscaler": "act",
         "desired": {"prefill": prefill, "decode": decode},
+        "pinned": None,
+        "unwritten_decisions": 0,
         "bounds": {"prefill": [1, 4], "decode": [1, 8]},
         "gpu_budget": None,
         "gpus_per_worker": {"prefill": 0, "decode": 0},
@@ -62,6 +71,32 @@ def test_status_tells_what_is_wanted_and_why_it_is_not_there() -> None:
         "prefill-1  prefill  ready  0,1   1.2      -            7                tcp://x",
         "decode-1   decode   ready  0,1   1.2      -            7                tcp://x",
     ]
+
+
+def test_status_tells_of_an_order_by_hand_and_of_decisions_that_are_not_in_the_file() -> None:
+    text = show(status(pinned=[1, 1], unwritten_decisions=3), "http://h").splitlines()
+    assert text[1] == "desired 1P1D, autoscaler act, controller epoch 3, sizes held by hand"
+    assert text[2] == "3 decisions could not be written to the decision file"
+
+
+class RayTaskError(Exception):
+    """As Ray has it: the text is a page of traceback, the cause is the exception itself."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("ray::ControllerActor.scale() (pid=1)\n  File ...")
+        self.cause = cause
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RayTaskError(Unavailable("it has only just started")), ": it has only just started"),
+        (RayTaskError(KeyError("decode")), " does not answer: KeyError: 'decode'"),
+        (OSError("gone\nadvice"), " does not answer: OSError: gone"),
+    ],
+)
+def test_what_the_controller_raised_is_told_by_its_cause(error: Exception, words: str) -> None:
+    assert str(_unanswered("t", error)) == f"the controller of 't'{words}"
 
 
 class FakeController:
@@ -323,6 +358,22 @@ def test_following_waits_for_a_dead_controller_but_not_for_a_deployment_that_is_
     assert seen == [1, 2] and asked == [0, 1, 1, 1, 1, 2]
     said = "tandem: waiting: HTTP 503: the controller does not answer\n"
     assert capsys.readouterr().err == said, "once"
+
+
+@pytest.mark.parametrize("temp_dir", ["/tmp/t", None])
+def test_following_ends_with_a_launcher_that_was_killed(
+    monkeypatch: pytest.MonkeyPatch, temp_dir: str | None
+) -> None:
+    """Its notes are still there; a deployment on a cluster of others' outlives its launcher."""
+    gone = replace(DEPLOYMENT, temp_dir=temp_dir)
+    pages(monkeypatch, [httpx.ConnectError("refused"), page(1), httpx.ConnectError("refused")])
+    states = [gone, None]
+    monkeypatch.setattr(DeploymentState, "read", lambda name: states.pop(0))
+    seen = []
+    with pytest.raises(TandemError, match="the deployment 't' is gone"):
+        for document in decisions._follow(gone, 0):
+            seen.append(document["seq"])
+    assert seen == ([] if temp_dir else [1])
 
 
 def test_an_endpoint_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
