@@ -93,6 +93,11 @@ def limits_of(status: dict[str, Any]) -> Limits:
     )
 
 
+def pinned_sizes(status: dict[str, Any]) -> Sizes | None:
+    """Return the sizes ordered by hand, None while the load decides."""
+    return None if status["pinned"] is None else Sizes.from_document(status["pinned"])
+
+
 def missing_for(status: dict[str, Any], sizes: Sizes) -> str | None:
     """Return what still differs between the serving pools and `sizes`, None once they are it."""
     if desired_sizes(status) != sizes:
@@ -106,18 +111,22 @@ def missing_for(status: dict[str, Any], sizes: Sizes) -> str | None:
     return "; ".join([f"{now} serve and {flipping} change their role", *reasons])
 
 
+class NotReached(Unavailable):
+    """The pools did not get to sizes that the controller was ordered to keep."""
+
+
 def wait_for_sizes(
     link: ControllerLink,
     sizes: Sizes,
     limit_s: float,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Return once exactly these pools serve; raise `Unavailable` with what is missing."""
+    """Return once exactly these pools serve; raise `NotReached` with what is missing."""
     deadline = time.monotonic() + limit_s
     said = None
     while (missing := missing_for(link.status(), sizes)) is not None:
         if time.monotonic() > deadline:
-            raise Unavailable(f"{sizes} not there within {limit_s:.0f} s: {missing}")
+            raise NotReached(f"{sizes} not there within {limit_s:.0f} s: {missing}")
         if missing != said:
             said = missing
             say(missing)

@@ -1,5 +1,6 @@
 """A Ray node dies while the pools change size: they converge, and nothing of it is left."""
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from tests.served import Served, tandem_status, wait_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
 
-NAME = "test-node-loss"
+NAME = f"test-node-loss-{os.getpid()}"
 FLAGS: dict[str, Any] = {
     "model.engine": "simulated",
     "model.max_model_len": 512,

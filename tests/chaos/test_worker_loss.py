@@ -4,6 +4,7 @@
 is certain to be in its state when it is killed, in the controller's eyes too.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from tests.served import Served, wait_until
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
 
-NAME = "test-worker-loss"
+NAME = f"test-worker-loss-{os.getpid()}"
 NUM_BLOCKS = 512
 RATE, PROMPT_TOKENS, OUTPUT_TOKENS = 2.0, 100, 100
 STANDBY = 1
@@ -32,11 +33,11 @@ FLAGS: dict[str, Any] = {
     "model.max_model_len": 512,
     "model.block_size": 64,
     "simulated.num_blocks": NUM_BLOCKS,
-    # Streams of 3 s: who leaves a pool still has some when its observation has ended.
-    "simulated.decode_step_s": 0.03,
+    # Streams of 7 s: who leaves a pool still has some when its observation has ended.
+    "simulated.decode_step_s": 0.07,
     # A warm-up hand-off takes long enough to be met.
     "simulated.prefill_tokens_per_s": 1000.0,
-    "autoscaler.soft_in_s": 1.0,
+    "autoscaler.soft_in_s": 3.0,
     "cluster.standby": STANDBY,
     "router.records": 10_000,
 }
@@ -76,7 +77,8 @@ class Fleet:
                     psutil.Process(worker["pid"]).resume()
             return None
 
-        return wait_until(find, REACHED_S, f"a worker is {state}")
+        # Some states last for a fraction of a second.
+        return wait_until(find, REACHED_S, f"a worker is {state}", poll_s=0.001)
 
     def state_of(self, worker: Worker) -> str | None:
         states = {each["worker_id"]: each["state"] for each in self.workers()}
