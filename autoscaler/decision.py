@@ -154,7 +154,9 @@ class PolicyState:
         the clock has caught up. As if they had happened just now they last their length.
         """
         stamps = {name: getattr(self, name) for name in _STAMPS}
-        late = {name: now for name, at in stamps.items() if at is not None and at > now}
+        late: dict[str, Any] = {
+            name: now for name, at in stamps.items() if at is not None and at > now
+        }
         until = self.backoff_until
         if until is not None and until > now + backoff_s:
             late["backoff_until"] = now + backoff_s

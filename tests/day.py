@@ -20,9 +20,9 @@ from typing import Any
 import psutil
 
 from autoscaler.decision import Action
-from autoscaler.decision_log import Record, parse_records
+from autoscaler.decision_log import Record
+from autoscaler.recording import Recording
 from cluster.autoscaler_config import AutoscalerSection
-from cluster.config import TandemConfig, parse_config
 from cluster.names import Role
 from cluster.topology import LOGICAL_CLUSTER_LABEL, S1_LABEL, S2_LABEL
 from tests.on_cluster import ray_cluster, tandem_on
@@ -130,8 +130,11 @@ def follow(cut: Cut, name: str, folder: Path) -> Run:
         while load.thread.is_alive():
             largest = max([largest, *worker_memory()])
             load.thread.join(5.0)
-    records = parse_records(decisions.read_text())
-    return Run(load.report, records, judge(records, config_of(settings).autoscaler), largest)
+    recording = Recording.parse(decisions.read_text())
+    section = recording.settings[0]
+    assert section is not None
+    verdict = judge(recording.records, section)
+    return Run(load.report, recording.records, verdict, largest)
 
 
 def node(number: int) -> dict[str, Any]:
@@ -142,14 +145,6 @@ def node(number: int) -> dict[str, Any]:
         S1_LABEL: f"s1-{number % 2}",
     }
     return {"num_cpus": 2 * MOST_WORKERS // NODES, "labels": labels}
-
-
-def config_of(settings: dict[str, object]) -> TandemConfig:
-    document: dict[str, dict[str, object]] = {}
-    for path, value in settings.items():
-        section, _, key = path.partition(".")
-        document.setdefault(section, {})[key] = value
-    return parse_config(document)
 
 
 def worker_memory() -> list[int]:

@@ -135,10 +135,10 @@ def test_an_order_and_what_the_file_lacks_are_shown() -> None:
     pools = PaperPools()
     autoscaler = Autoscaler(config_of(decision_file="/nowhere/decisions.jsonl"), pools)
     autoscaler.pin({Role.PREFILL: 3, Role.DECODE: 1}, "by hand")
-    assert autoscaler.pinned == [3, 1] and autoscaler.num_unwritten == 0
+    assert (autoscaler.pinned, autoscaler.num_unwritten) == ([3, 1], 0)
     autoscaler.tick()
     autoscaler.unpin()
-    assert autoscaler.pinned is None and autoscaler.num_unwritten == 1
+    assert (autoscaler.pinned, autoscaler.num_unwritten) == (None, 1)
 
 
 def test_after_an_order_is_taken_back_the_load_decides() -> None:

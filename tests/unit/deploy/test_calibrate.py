@@ -239,7 +239,8 @@ class Fleet:
 
 def swept(fleet: Fleet, folder: Path) -> tuple[Sweep, list[str]]:
     """Measure every split of three workers, each of which carries 8 clients."""
-    done, said = Sweep(), []
+    done = Sweep()
+    said: list[str] = []
     config = parse_config({"cluster": {"start_timeout_s": 0.01}})
 
     def measure(sizes: Sizes, clients: int) -> Measurement:
