@@ -12,7 +12,7 @@ from ray.cluster_utils import Cluster
 from cluster.config import BUNDLED_MODEL
 from cluster.ray_plane import NAMESPACE
 from deploy.ports import free_port
-from tests.served import Served, start, stop, tandem_command
+from tests.served import STOP_TIMEOUT_S, Served, start, stop, tandem_command
 
 NODE: Mapping[str, Any] = {"object_store_memory": 100 << 20}
 
@@ -28,7 +28,11 @@ def ray_cluster(nodes: Sequence[Mapping[str, Any]]) -> Iterator[Cluster]:
         yield cluster
     finally:
         ray.shutdown()
+        infos = [info for node in cluster.list_all_nodes() for info in node.all_processes.values()]
         cluster.shutdown()
+        # It does not wait for all that it ends.
+        for process in (each.process for processes in infos for each in processes):
+            process.wait(STOP_TIMEOUT_S)
 
 
 @contextlib.contextmanager

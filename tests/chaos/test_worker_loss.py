@@ -52,7 +52,6 @@ class Fleet:
     def __init__(self, link: ControllerLink) -> None:
         self._link = link
         self._sizes = Sizes(1, 1)
-        self._frozen: set[str] = set()
         self.killed: list[Worker] = []
 
     def workers(self) -> list[Worker]:
@@ -68,13 +67,14 @@ class Fleet:
 
         def find() -> Worker | None:
             for worker in self.workers():
-                is_new = worker["worker_id"] not in self._frozen
-                if is_new and worker["state"] == state and role in (None, worker["role"]):
-                    psutil.Process(worker["pid"]).suspend()
+                if worker["state"] != state or role not in (None, worker["role"]):
+                    continue
+                process = psutil.Process(worker["pid"])
+                if process.status() != psutil.STATUS_STOPPED:
+                    process.suspend()
                     if self.state_of(worker) == state:
-                        self._frozen.add(worker["worker_id"])
                         return worker
-                    psutil.Process(worker["pid"]).resume()
+                    process.resume()
             return None
 
         # Some states last for a fraction of a second.
