@@ -19,18 +19,8 @@ def test_both_pools_follow_the_published_curve(
     monkeypatch.setenv("RAY_worker_niceness", "0")
     run = follow(CUT, f"t-day-{os.getpid()}", tmp_path)
     verdict, decode = run.verdict, [record.decision.final.decode for record in run.records]
-    print(
-        verdict.num_ticks,
-        verdict.num_within,
-        verdict.num_actions,
-        len(run.records),
-        max(decode),
-        decode[-1],
-        run.largest_bytes >> 20,
-        run.load.num_sent,
-    )
-    print([(r.seq, r.snapshot.prefill.serving, r.snapshot.decode.serving) for r in verdict.waiting])
-    print([(r.seq, r.snapshot.prefill, r.snapshot.decode) for r in verdict.off_ratio])
+    waiting = [(r.snapshot.prefill.serving, r.snapshot.decode.serving) for r in verdict.waiting]
+    print(f"out of ratio while nobody was ready to mend it: {waiting}")
     assert run.load.failures == []
     assert verdict.num_ticks > 20 and verdict.share_within >= WITHIN_LIMIT
     assert verdict.off_ratio == ()
