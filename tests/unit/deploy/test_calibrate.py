@@ -241,7 +241,7 @@ def swept(fleet: Fleet, folder: Path) -> tuple[Sweep, list[str]]:
     """Measure every split of three workers, each of which carries 8 clients."""
     done = Sweep()
     said: list[str] = []
-    config = parse_config({"cluster": {"start_timeout_s": 0.01}})
+    config = parse_config({"cluster": {"start_timeout_s": 1e-9}})
 
     def measure(sizes: Sizes, clients: int) -> Measurement:
         return figures(sizes.prefill, sizes.decode, clients, 100.0 * sizes.decode, clients / 8.5)
