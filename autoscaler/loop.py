@@ -61,7 +61,9 @@ class Autoscaler:
         """Take one sample; decide if it is time to and return the decision."""
         self._signals.add(self._pools.load())
         now = self._pools.now()
-        is_time = self._config.mode != "off" and now >= self._next_at
+        # More than a period to go: the clock has been set back since.
+        is_early = 0 < self._next_at - now <= self._config.scaled(self._config.decision_period_s)
+        is_time = self._config.mode != "off" and not is_early
         return self._decide(now) if is_time or self._is_ordered else None
 
     def pin(self, sizes: Mapping[Role, int], reason: str) -> None:
@@ -81,6 +83,16 @@ class Autoscaler:
     def signals(self) -> Mapping[str, float]:
         """Return what is measured now, by name; what is not known is left out."""
         return known_signals(self.snapshot())
+
+    @property
+    def pinned(self) -> list[int] | None:
+        """The sizes ordered by hand, (P, D), None while the load decides."""
+        pin = self.state.pin
+        return None if pin is None else pin.sizes.as_document()
+
+    @property
+    def num_unwritten(self) -> int:
+        return self.log.num_unwritten
 
     def decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
         """Return up to `limit` records that follow number `after`, oldest first, JSON-able."""
@@ -120,7 +132,7 @@ class Autoscaler:
         self._is_ordered = False
         snapshot, before = self._signals.read(now), self.state
         decision, self.state = decide(self._config, before, snapshot, now)
-        self.log.append(snapshot, before, decision)
+        self.log.append(self._config, snapshot, before, decision)
         if decision.action is not Action.HOLD:
             _log.info("%s: %s", decision.action, decision.reason)
         if self._config.mode == "act" or before.pin is not None:

@@ -78,6 +78,16 @@ class PoolScaler(Protocol):
         ...
 
     @property
+    def pinned(self) -> list[int] | None:
+        """The sizes ordered by hand, (P, D), if there are any."""
+        ...
+
+    @property
+    def num_unwritten(self) -> int:
+        """How many decisions the decision file lacks."""
+        ...
+
+    @property
     def revision(self) -> Hashable: ...
 
     def document(self) -> dict[str, Any]: ...
@@ -194,6 +204,8 @@ class Controller:
             "epoch": self._epoch,
             "autoscaler": self._config.autoscaler.mode,
             "desired": {role.value: n for role, n in self._sizes.items()},
+            "pinned": self._scaler.pinned if self._scaler else None,
+            "unwritten_decisions": self._scaler.num_unwritten if self._scaler else 0,
             "bounds": {
                 "prefill": [scaling.min_prefill, scaling.max_prefill],
                 "decode": [scaling.min_decode, scaling.max_decode],
@@ -252,6 +264,7 @@ class Controller:
         scaling = asyncio.create_task(self._scaler.run())
         try:
             while not self._is_stopping:
+                self._heed_clock()
                 self._workforce.drop_silent()
                 if scaling.done():
                     scaling.result()
@@ -269,6 +282,13 @@ class Controller:
         if self.is_fenced:
             logger.warning("a later controller has taken over from epoch %d", self._epoch)
             await self._workforce.let_go()
+
+    def _heed_clock(self) -> None:
+        """A clock that was set back leaves stamps in the future: what waits on them would wait
+        until it has caught up."""
+        now = self.now()
+        self._placed_at, self._yielded_at = min(self._placed_at, now), min(self._yielded_at, now)
+        self._workforce.heed_clock(now)
 
     def _announce(self) -> None:
         """Let routers that follow know if the list has changed."""

@@ -187,6 +187,11 @@ class History:
         failures = earlier.failures + 1 if earlier else 1
         self.failed_starts[role] = Trouble(failures, now, reason)
 
+    def heed_clock(self, now: float) -> None:
+        """Let nothing have failed later than now."""
+        self.failed_proofs = {k: t.by_clock(now) for k, t in self.failed_proofs.items()}
+        self.failed_starts = {k: t.by_clock(now) for k, t in self.failed_starts.items()}
+
     def forget(self, worker_id: WorkerId) -> None:
         self.proven = {pair for pair in self.proven if worker_id not in pair}
         for pair in [pair for pair in self.failed_proofs if worker_id in pair]:

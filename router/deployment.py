@@ -19,7 +19,7 @@ import zmq.asyncio
 from ray import serve
 
 from cluster.config import TandemConfig
-from cluster.errors import Unavailable
+from cluster.errors import Unavailable, summarise
 from cluster.exporter import Exporter
 from cluster.load import RouterLoad
 from cluster.metrics import READY_LINKS, WAITING_REQUESTS
@@ -87,6 +87,11 @@ class ControllerView:
         history: Mapping[str, object] = await self._question("history", after)
         return history
 
+    async def targets(self) -> Sequence[Mapping[str, object]]:
+        """Return the processes that can be scraped."""
+        targets: list[Mapping[str, object]] = await self._question("targets")
+        return targets
+
     async def _question(self, name: str, *arguments: int) -> Any:
         """Return what the controller answers an operator.
 
@@ -98,20 +103,8 @@ class ControllerView:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
                 return await getattr(self._controller, name).remote(*arguments)
         except (TimeoutError, ray.exceptions.RayError) as error:
-            # Ray adds a page of advice.
-            reason = str(error).partition("\n")[0] or f"nothing within {_ANSWER_TIMEOUT_S:g} s"
-            raise Unavailable(f"the controller does not answer: {reason}") from None
-
-    async def targets(self) -> Sequence[Mapping[str, object]]:
-        """Return what can be scraped; raise `Unavailable` like `decisions`."""
-        if self._controller is None:
-            raise Unavailable("the controller does not answer this router")
-        try:
-            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                targets: list[Mapping[str, object]] = await self._controller.targets.remote()
-                return targets
-        except (TimeoutError, ray.exceptions.RayError) as error:
-            reason = str(error).partition("\n")[0] or f"nothing within {_ANSWER_TIMEOUT_S:g} s"
+            is_late = isinstance(error, TimeoutError)
+            reason = f"nothing within {_ANSWER_TIMEOUT_S:g} s" if is_late else summarise(error)
             raise Unavailable(f"the controller does not answer: {reason}") from None
 
     async def controller(self) -> Any:

@@ -90,7 +90,10 @@ async def test_pages_follow_each_other_by_next() -> None:
     ("controller", "says"),
     [
         (None, "does not answer this router"),
-        (FakeController(ray.exceptions.ActorDiedError()), "the controller does not answer: The"),
+        (
+            FakeController(ray.exceptions.ActorDiedError()),
+            "the controller does not answer: ActorDiedError: The",
+        ),
         (FakeController(is_hanging=True), "nothing within 0.05 s"),
     ],
 )
