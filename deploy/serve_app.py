@@ -11,6 +11,7 @@ In a Serve config file, with the tree of `cluster/config.py` as arguments:
 drains and removes everything. The endpoint is Serve's: `router.host` and `.port` do not count.
 """
 
+import time
 import uuid
 from collections.abc import Mapping
 from functools import partial
@@ -29,7 +30,8 @@ def build(args: Mapping[str, Any]) -> Any:
     """Return the Serve application; raise `ConfigError` naming every fault of `args`."""
     config = parse_config(args)
     env = cluster_environment(f"{config.cluster.name}:{uuid.uuid4().hex}")
-    return router_application(config, env, partial(_start_controller, config, env))
+    start = partial(_start_controller, config, env)
+    return router_application(config, env, start, revision=time.time())
 
 
 def _start_controller(config: TandemConfig, env: Mapping[str, str]) -> Any:

@@ -6,6 +6,7 @@ first replica to find no controller starts one: an app that Ray Serve deploys ne
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -21,6 +22,7 @@ from cluster.config import TandemConfig
 from cluster.errors import Unavailable
 from cluster.load import RouterLoad
 from cluster.names import Role, RouterId
+from cluster.reconfigure import InForce, differences, refusal
 from cluster.snapshot import WorkerEntry
 from router.exchange import REQUEST_ID_HEADER, AsgiApp, Message, Receive, Scope, Send
 from router.flow import Flow
@@ -30,6 +32,7 @@ from router.surface import Operations, build_surface
 
 RETRY_S = 0.5
 _ANSWER_TIMEOUT_S = 3.0
+_SETTLE_S = 10.0
 # Admission is the flow's: Serve must not queue or refuse before it.
 _MAX_ONGOING = 10_000
 
@@ -37,13 +40,26 @@ logger = logging.getLogger(__name__)
 
 
 class ControllerView:
-    """What the controller last said, and whether it still says anything."""
+    """What the controller last said, and whether it still says anything.
 
-    def __init__(self, start: Callable[[], Any]) -> None:
+    Each time it is found it is told of the configuration deployed with this router; `running`
+    is the one it goes by.
+    """
+
+    def __init__(self, start: Callable[[], Any], deployed: InForce) -> None:
         self._start = start
+        self._deployed = deployed
         self._controller: Any = None
         self._version = 0
         self.health: tuple[bool, str] | None = None
+        self.running = deployed.config
+
+    async def settle(self) -> TandemConfig:
+        """Return the configuration in force: ours if the controller does not answer for long."""
+        with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
+            async with asyncio.timeout(_SETTLE_S):
+                await self.controller()
+        return self.running
 
     async def ask(self, load: RouterLoad) -> Sequence[WorkerEntry] | None:
         """Return the workers that may serve, None if the controller does not answer.
@@ -80,9 +96,12 @@ class ControllerView:
             raise Unavailable(f"the controller does not answer: {reason}") from None
 
     async def controller(self) -> Any:
-        """Return the deployment's controller, started if there is none."""
+        """Return the deployment's controller, started if there is none, and told of our
+        configuration."""
         if self._controller is None:
-            self._controller = await asyncio.to_thread(self._start)
+            controller = await asyncio.to_thread(self._start)
+            self.running = await controller.reconfigure.remote(self._deployed)
+            self._controller = controller
         return self._controller
 
 
@@ -91,11 +110,14 @@ class RouterReplica:
 
     # Serve awaits it.
     async def __init__(  # type: ignore[misc]
-        self, config: TandemConfig, start_controller: Callable[[], Any]
+        self, deployed: InForce, start_controller: Callable[[], Any]
     ) -> None:
         # vLLM's front-end takes seconds to import and only replicas need it.
         from router.app import build_frontend
 
+        self._view = ControllerView(start_controller, deployed)
+        # A configuration that the workers are not fit for is refused: then we are not, either.
+        self._config = config = await self._view.settle()
         self._records = Records(config.router.records)
         self._context = zmq.asyncio.Context()
         self._router_id = RouterId(f"{config.cluster.name}-router-{uuid.uuid4().hex[:8]}")
@@ -103,7 +125,6 @@ class RouterReplica:
         self._membership = Membership(self._context, self._router_id, timeout_s)
         self._flow = Flow(config.router, self._membership, self._records, Random())
         frontend = await build_frontend(config.model, self._flow)
-        self._view = ControllerView(start_controller)
         operations = Operations(
             self._health, self._record, self._recent, self._flow.status, self._view.decisions
         )
@@ -121,6 +142,8 @@ class RouterReplica:
         only. Whether requests can be served is what `/health` says."""
         if self._polling.done():
             raise RuntimeError("the router no longer follows the controller")
+        if (why := refusal(differences(self._config, self._view.running))) is not None:
+            raise RuntimeError(f"the workers go by another configuration: {why}")
 
     async def __del__(self) -> None:
         self._polling.cancel()
@@ -179,11 +202,15 @@ class WithoutRequestId:
 
 
 def router_application(
-    config: TandemConfig, env: Mapping[str, str], start_controller: Callable[[], Any]
+    config: TandemConfig,
+    env: Mapping[str, str],
+    start_controller: Callable[[], Any],
+    revision: float = 0.0,
 ) -> Any:
     """Return the Serve application that runs the configured number of routers.
 
-    `start_controller` returns the deployment's controller actor, started if there is none.
+    `start_controller` returns the deployment's controller actor, started if there is none. One
+    that is there already goes by `config` if its `revision` is later and its workers fit.
     """
     deployment = serve.deployment(
         name="router",
@@ -197,4 +224,6 @@ def router_application(
             "runtime_env": {"env_vars": {**env, "CUDA_VISIBLE_DEVICES": ""}},
         },
     )
-    return deployment(serve.ingress()(RouterReplica)).bind(config, start_controller)
+    return deployment(serve.ingress()(RouterReplica)).bind(
+        InForce(config, revision), start_controller
+    )

@@ -9,12 +9,15 @@ import httpx
 import pytest
 import ray
 
+from cluster.config import TandemConfig, parse_config
 from cluster.load import RouterLoad
 from cluster.names import RouterId
+from cluster.reconfigure import InForce
 from router import deployment
 from router.deployment import ControllerView
 from router.surface import Operations, operator_app
 
+RUNNING = parse_config({"router": {"max_queued": 7}})
 RECORDS = [{"seq": seq, "decision": {"reason": f"number {seq}"}} for seq in range(1, 8)]
 
 
@@ -31,9 +34,13 @@ class FakeController:
         self._is_hanging = is_hanging
         self.decisions = remote(self._decisions)
         self.follow = remote(self._follow)
+        self.reconfigure = remote(self._reconfigure)
 
     async def _follow(self, load: dict[str, Any], known_version: int) -> dict[str, Any]:
         return {"version": 1, "workers": [], "health": (True, "serving")}
+
+    async def _reconfigure(self, offered: InForce) -> TandemConfig:
+        return RUNNING
 
     async def _decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
         if self._failure is not None:
@@ -45,7 +52,7 @@ class FakeController:
 
 async def get(path: str, controller: FakeController | None) -> httpx.Response:
     """Ask a router that knows `controller`, or that has not found one yet."""
-    view = ControllerView(lambda: controller)
+    view = ControllerView(lambda: controller, InForce(TandemConfig()))
     if controller is not None:
         assert await view.ask(RouterLoad(RouterId("r"), 0.0)) == []
     operations = Operations(
@@ -91,3 +98,18 @@ async def test_bad_parameters_do_not_reach_the_controller() -> None:
     broken = FakeController(AssertionError("it was asked"))
     for query in ("limit=0", "limit=x", "after=-1", "after=1e3"):
         assert (await get(f"/admin/decisions?{query}", broken)).status_code == 400
+
+
+async def test_a_router_goes_by_what_the_controller_says_is_in_force() -> None:
+    view = ControllerView(lambda: FakeController(), InForce(TandemConfig(), 1.0))
+    assert await view.settle() == RUNNING
+
+
+async def test_a_router_goes_by_its_own_configuration_while_nobody_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deployment, "_SETTLE_S", 0.05)
+    controller = FakeController()
+    controller.reconfigure = remote(lambda _: asyncio.Event().wait())
+    view = ControllerView(lambda: controller, InForce(TandemConfig(), 1.0))
+    assert await view.settle() == TandemConfig()
