@@ -221,6 +221,7 @@ def router_application(
         # CUDA_VISIBLE_DEVICES: the front-end only needs a tokenizer, never the accelerator.
         ray_actor_options={
             "num_cpus": 0,
+            "resources": config.router.resources,
             "runtime_env": {"env_vars": {**env, "CUDA_VISIBLE_DEVICES": ""}},
         },
     )
