@@ -98,7 +98,9 @@ def from_table(table: object, host: str) -> dict[str, str]:
         raise TandemError(f"the table of switches has no row for the host {host!r}: add one")
     named = {f"tandem/{name}": str(value) for name, value in row.items()}
     if unknown := sorted(named.keys() - set(LABELS)):
-        raise TandemError(f"host {host!r}: unknown {', '.join(unknown)}; known: {', '.join(LABELS)}")
+        raise TandemError(
+            f"host {host!r}: unknown {', '.join(unknown)}; known: {', '.join(LABELS)}"
+        )
     return ray_labels(named)
 
 
