@@ -7,8 +7,9 @@ In a Serve config file, with the tree of `cluster/config.py` as arguments:
         import_path: deploy.serve_app:build
         args: {model: {path: ...}, prefill: {workers: 2}, decode: {workers: 2}}
 
-`serve deploy` starts the routers, the first of which starts the controller; deleting the app
-drains and removes everything. The endpoint is Serve's: `router.host` and `.port` do not count.
+`serve deploy` starts the routers, the first of which starts the controller; with other arguments
+the controller goes by them if its workers can (`cluster/reconfigure.py`); deleting the app drains
+and removes everything. The endpoint is Serve's: `router.host` and `.port` do not count.
 """
 
 import time
