@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 MANIFESTS = ROOT / "deploy" / "manifests"
 FILES = sorted(
     path
-    for folder in ("kuberay", "serve", "cluster-launcher")
+    for folder in ("kuberay", "secrets", "serve", "cluster-launcher")
     for path in (MANIFESTS / folder).glob("*.yaml")
     if path.name != "switches.yaml"
 )
@@ -141,7 +141,7 @@ def test_routers_fit_where_the_endpoint_is() -> None:
 def test_every_selector_finds_pods_and_every_name_a_thing() -> None:
     labels = [group["template"]["metadata"]["labels"] for group in groups().values()]
     named: set[tuple[str, str]] = set()
-    for path in (MANIFESTS / "kuberay").glob("*.yaml"):
+    for path in (*(MANIFESTS / "kuberay").glob("*.yaml"), MANIFESTS / "secrets" / "example.yaml"):
         for document in documents(path):
             named.add((document["kind"], document["metadata"]["name"]))
             selector = document.get("spec", {}).get("selector", {})
