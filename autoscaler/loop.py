@@ -13,6 +13,7 @@ from autoscaler.gauge import read_gauge
 from autoscaler.policy import decide
 from autoscaler.ratio import Ratio, Sizes
 from autoscaler.signals import Signals, Snapshot, known_signals
+from cluster.autoscaler_config import AutoscalerSection
 from cluster.config import TandemConfig
 from cluster.names import Role
 from cluster.pools import Pools
@@ -37,10 +38,8 @@ class Autoscaler:
     ) -> None:
         self._config = config.autoscaler
         self._pools = pools
-        gpus = (config.prefill.gpus_per_worker, config.decode.gpus_per_worker)
-        self._signals = Signals(config.autoscaler, gpus)
-        file = config.autoscaler.decision_file
-        self.log = DecisionLog(config.autoscaler.decision_records, Path(file) if file else None)
+        self._signals = _signals(config)
+        self.log = _log_of(config.autoscaler)
         self.state = PolicyState(Sizes(config.prefill.workers, config.decode.workers))
         if saved is not None and saved.get("version") == _VERSION:
             self.state = PolicyState.from_document(saved["state"])
@@ -52,9 +51,9 @@ class Autoscaler:
 
     async def run(self) -> None:
         """Sample and decide until cancelled."""
-        period_s = self._config.scaled(self._config.decision_period_s)
         while True:
             self.tick()
+            period_s = self._config.scaled(self._config.decision_period_s)
             await asyncio.sleep(min(SAMPLE_S, period_s))
 
     def tick(self) -> Decision | None:
@@ -75,6 +74,20 @@ class Autoscaler:
     def unpin(self) -> None:
         """Take the order back: the load decides again, from the sizes there are."""
         self.state = replace(self.state, pin=None)
+
+    def reconfigure(self, config: TandemConfig, sizes: Mapping[Role, int], reason: str) -> None:
+        """Go by `config` from now on, and give the pools these sizes unless an order by hand
+        holds. Signals are collected afresh; cooldowns, decisions and the order stay."""
+        earlier = self.log
+        self._config, self._signals = config.autoscaler, _signals(config)
+        self.log = _log_of(config.autoscaler)
+        self.log.restore(earlier.last(config.autoscaler.decision_records))
+        self.log.next_seq = earlier.next_seq
+        self._next_at = 0.0
+        if self.state.pin is None:
+            target = Sizes(sizes[Role.PREFILL], sizes[Role.DECODE])
+            self.state, self._applied = replace(self.state, target=target), None
+            self._pools.resize(sizes, reason)
 
     def snapshot(self) -> Snapshot:
         """Return what the next decision would rest on."""
@@ -145,3 +158,13 @@ class Autoscaler:
             self._applied = decision.final
             sizes = {Role.PREFILL: decision.final.prefill, Role.DECODE: decision.final.decode}
             self._pools.resize(sizes, decision.reason)
+
+
+def _signals(config: TandemConfig) -> Signals:
+    gpus = (config.prefill.gpus_per_worker, config.decode.gpus_per_worker)
+    return Signals(config.autoscaler, gpus)
+
+
+def _log_of(section: AutoscalerSection) -> DecisionLog:
+    file = section.decision_file
+    return DecisionLog(section.decision_records, Path(file) if file else None)

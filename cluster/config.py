@@ -123,6 +123,10 @@ class RouterSection(Section):
     host: str = Field("127.0.0.1", description="address the endpoint listens on")
     port: int = Field(8000, ge=1, le=65535, description="port the endpoint listens on")
     replicas: Count = Field(1, description="router replicas")
+    resources: dict[str, float] = Field(
+        default_factory=dict,
+        description="Ray resources a replica takes: pins it to nodes with them",
+    )
     proxy: Literal["haproxy", "serve"] = Field(
         "haproxy", description="HTTP proxy of a Ray started here; docs/deployment.md compares them"
     )

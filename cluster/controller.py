@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Hashable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from cluster import reconcile
 from cluster.config import TandemConfig
@@ -25,8 +25,9 @@ from cluster.members import Launcher
 from cluster.names import Role, RouterId
 from cluster.overview import scales, state_document
 from cluster.placer import Orders, Placer
-from cluster.pools import Pools
-from cluster.service import Counts
+from cluster.pools import Pools, PoolScaler
+from cluster.reconfigure import InForce, judge
+from cluster.service import Counts, service_of
 from cluster.snapshot import WorkerEntry
 from cluster.targets import Address, target_list
 from cluster.worker_spec import Parts, load
@@ -54,45 +55,6 @@ ROUTER_TARGET_KEPT_S = 10.0
 logger = logging.getLogger(__name__)
 
 
-class PoolScaler(Protocol):
-    """What sizes the pools; `autoscaler.loop.Autoscaler` fills it."""
-
-    async def run(self) -> None: ...
-
-    def pin(self, sizes: Mapping[Role, int], reason: str) -> None: ...
-
-    def unpin(self) -> None: ...
-
-    def tick(self) -> object:
-        """Look at the load and decide if it is time to, or an order has come."""
-        ...
-
-    def decisions(self, after: int, limit: int) -> list[dict[str, Any]]: ...
-
-    def signals(self) -> Mapping[str, float]:
-        """Return what is measured now, by name; what is not known is left out."""
-        ...
-
-    def view(self) -> dict[str, Any]:
-        """Return the signal beside what it is held against, JSON-able."""
-        ...
-
-    @property
-    def pinned(self) -> list[int] | None:
-        """The sizes ordered by hand, (P, D), if there are any."""
-        ...
-
-    @property
-    def num_unwritten(self) -> int:
-        """How many decisions the decision file lacks."""
-        ...
-
-    @property
-    def revision(self) -> Hashable: ...
-
-    def document(self) -> dict[str, Any]: ...
-
-
 class Controller:
     """Owns the workers of one deployment. Fills `Pools` for the autoscaler.
 
@@ -108,8 +70,11 @@ class Controller:
         store: ControllerStore,
         bind_host: str | None = None,
         placer: Placer | None = None,
+        revision: float = 0.0,
     ) -> None:
         self._placer = placer
+        self._in_force = InForce(config, revision)
+        self._refused: str | None = None
         self._unplaced: tuple[str, ...] = ()
         self._placed_at = 0.0
         self._given_up: dict[str, Counts] = {}
@@ -186,6 +151,27 @@ class Controller:
             # A standby is to serve within a second: the order does not wait for the next sample.
             self._scaler.tick()
 
+    def reconfigure(self, offered: InForce) -> TandemConfig:
+        """Go by a configuration that was deployed later, if its workers are those there are.
+
+        Return the one in force.
+        """
+        verdict = judge(self._in_force, offered, self._sizes)
+        if self._scaler is None or verdict is None:
+            return self._config
+        self._in_force, self._refused = verdict.in_force, verdict.refused
+        if verdict.note is not None:
+            self._note(verdict.note)
+        if verdict.sizes is not None:
+            self._config = config = offered.config
+            self._workforce.reconfigure(config)
+            self._metrics.reconfigure(config)
+            if self._placer is not None:
+                self._placer.reconfigure(service_of(config, Counts(*config.autoscaler.ratio_pair)))
+            self._scaler.reconfigure(config, verdict.sizes, "the deployed configuration says so")
+            self._wake.set()
+        return self._config
+
     def decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
         return self._scaler.decisions(after, limit) if self._scaler else []
 
@@ -217,6 +203,7 @@ class Controller:
             },
             "workers": self._workforce.describe(),
             "unplaced": [*self._yields(), *self._unplaced],
+            "refused": self._refused,
             "events": list(self._events),
             "failed_starts": {r.value: t.reason for r, t in observed.failed_starts.items()},
             "failed_proofs": {"->".join(p): t.reason for p, t in observed.failed_proofs.items()},
@@ -322,7 +309,7 @@ class Controller:
     async def _take_office(self) -> None:
         """Claim an epoch and go on from what the controller before wrote down."""
         self._epoch = await asyncio.to_thread(self._store.claim_epoch)
-        for name in ("sizes", "workforce"):
+        for name in ("config", "sizes", "workforce"):
             self._saved[name] = await asyncio.to_thread(self._store.load, name)
         decided = await asyncio.to_thread(self._store.load, "autoscaler")
         if self._saved["sizes"] is not None:
@@ -344,6 +331,7 @@ class Controller:
             await asyncio.to_thread(self._store.save, "autoscaler", self._scaler.document())
             self._saved_revision = revision
         notes = {
+            "config": self._in_force.as_document(),
             "sizes": {role.value: n for role, n in self._sizes.items()},
             "workforce": self._workforce.as_document(),
         }

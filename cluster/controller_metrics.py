@@ -28,17 +28,22 @@ class ControllerMetrics:
     """Told at every turn of the controller's loop how things stand."""
 
     def __init__(self, config: TandemConfig) -> None:
-        self._config = config.autoscaler
         self._times = ActionTimes()
         self._last_seq: int | None = None
-        prefill, decode = self._config.ratio_pair
-        self._configured_ratio = self._ratio = prefill / decode
         self._shown: set[str] = set()
         for change in Change:
             metrics.ACTIONS.labels(change.value)
             metrics.ACTION_SECONDS.labels(change.value)
         for role in Role:
             metrics.WORKER_FAILURES.labels(role.value)
+        self.reconfigure(config)
+
+    def reconfigure(self, config: TandemConfig) -> None:
+        """Go by another configuration from now on."""
+        self._config = config.autoscaler
+        prefill, decode = self._config.ratio_pair
+        self._configured_ratio = self._ratio = prefill / decode
+        metrics.OBJECTIVE_SECONDS.clear()
         objectives = {"ttft": self._config.slo_ttft_s, "tbt": self._config.slo_tbt_s}
         for name, objective_s in objectives.items():
             if objective_s is not None:

@@ -68,6 +68,10 @@ class Placer(Protocol):
         """Tell the others of the workers that have been started, and what is still wanted."""
         ...
 
+    def reconfigure(self, service: Service) -> None:
+        """Plan for the same service under other terms."""
+        ...
+
     def withdraw(self) -> None:
         """Forget this deployment's needs."""
         ...
@@ -209,6 +213,9 @@ class SharedPlacer:
 
     def record(self, workers: Sequence[PlacedWorker], wanted: Counts, now: float) -> None:
         self._write(Needs(now, self._service, tuple(workers), wanted))
+
+    def reconfigure(self, service: Service) -> None:
+        self._service = service
 
     def withdraw(self) -> None:
         self._store.delete(self._key)

@@ -26,6 +26,7 @@ from cluster.load import RouterLoad
 from cluster.names import Component, Role, WorkerId
 from cluster.placer import SharedPlacer, bundle_of, worker_name
 from cluster.ray_store import RayStore
+from cluster.reconfigure import InForce
 from cluster.service import Counts, RoleNeed, pool_need, service_of
 from cluster.snapshot import WorkerEntry
 from cluster.targets import Address
@@ -178,12 +179,17 @@ class ControllerActor:
         self._name = controller_name(config.cluster.name)
         self._app_name = app_name
         self._following: asyncio.Task[None] | None = None
-        launcher = RayLauncher(config, env)
         values = RayStore()
         store = ControllerStore(values, config.cluster.name)
+        # What an earlier controller went by holds: its workers were made for that.
+        in_force = InForce.from_document(store.load("config")) or InForce(config)
+        config = in_force.config
+        launcher = RayLauncher(config, env)
         service = service_of(config, Counts(*config.autoscaler.ratio_pair))
         placer = SharedPlacer(service, values, RayInventory())
-        self._controller = Controller(config, parts, launcher, store, bind_host, placer)
+        self._controller = Controller(
+            config, parts, launcher, store, bind_host, placer, in_force.revision
+        )
         self._loop: asyncio.Task[None] | None = None
         self._exporter = Exporter(Component.CONTROLLER, bind_host or ray.util.get_node_ip_address())
 
@@ -231,6 +237,11 @@ class ControllerActor:
     async def status(self) -> dict[str, Any]:
         await self.run()
         return self._controller.status()
+
+    async def reconfigure(self, offered: InForce) -> TandemConfig:
+        """Go by a configuration that was deployed later, if it can be; return the one in force."""
+        await self.run()
+        return self._controller.reconfigure(offered)
 
     async def decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
         await self.run()

@@ -124,6 +124,10 @@ class Workforce:
             "last_number": {role.value: n for role, n in self._last_number.items()},
         }
 
+    def reconfigure(self, config: TandemConfig) -> None:
+        """Go by `config` with what is started or connected from now on."""
+        self._config = config
+
     # Taking over.
 
     async def adopt(self, epoch: int, document: Mapping[str, Any] | None) -> None:

@@ -6,6 +6,7 @@ first replica to find no controller starts one: an app that Ray Serve deploys ne
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 import uuid
@@ -24,6 +25,7 @@ from cluster.exporter import Exporter
 from cluster.load import RouterLoad
 from cluster.metrics import READY_LINKS, WAITING_REQUESTS
 from cluster.names import Component, Role, RouterId
+from cluster.reconfigure import InForce, differences, refusal
 from cluster.snapshot import WorkerEntry
 from router.exchange import REQUEST_ID_HEADER, AsgiApp, Message, Receive, Scope, Send
 from router.flow import Flow
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 RETRY_S = 0.5
 _ANSWER_TIMEOUT_S = 3.0
+_SETTLE_S = 10.0
 # Admission is the flow's: Serve must not queue or refuse before it.
 _MAX_ONGOING = 10_000
 
@@ -45,13 +48,26 @@ logger = logging.getLogger(__name__)
 
 
 class ControllerView:
-    """What the controller last said, and whether it still says anything."""
+    """What the controller last said, and whether it still says anything.
 
-    def __init__(self, start: Callable[[], Any]) -> None:
+    Each time it is found it is told of the configuration deployed with this router; `running`
+    is the one it goes by.
+    """
+
+    def __init__(self, start: Callable[[], Any], deployed: InForce) -> None:
         self._start = start
+        self._deployed = deployed
         self._controller: Any = None
         self._version = 0
         self.health: tuple[bool, str] | None = None
+        self.running = deployed.config
+
+    async def settle(self) -> TandemConfig:
+        """Return the configuration in force: ours if the controller does not answer for long."""
+        with contextlib.suppress(TimeoutError, ray.exceptions.RayError):
+            async with asyncio.timeout(_SETTLE_S):
+                await self.controller()
+        return self.running
 
     async def ask(
         self, load: RouterLoad, where: Mapping[str, str] = MappingProxyType({})
@@ -108,9 +124,12 @@ class ControllerView:
             raise Unavailable(f"the controller does not answer: {reason}") from None
 
     async def controller(self) -> Any:
-        """Return the deployment's controller, started if there is none."""
+        """Return the deployment's controller, started if there is none, and told of our
+        configuration."""
         if self._controller is None:
-            self._controller = await asyncio.to_thread(self._start)
+            controller = await asyncio.to_thread(self._start)
+            self.running = await controller.reconfigure.remote(self._deployed)
+            self._controller = controller
         return self._controller
 
 
@@ -120,7 +139,7 @@ class RouterReplica:
     # Serve awaits it.
     async def __init__(  # type: ignore[misc]
         self,
-        config: TandemConfig,
+        deployed: InForce,
         start_controller: Callable[[], Any],
         pages: Pages,
         bind_host: str | None = None,
@@ -128,6 +147,9 @@ class RouterReplica:
         # vLLM's front-end takes seconds to import and only replicas need it.
         from router.app import build_frontend
 
+        self._view = ControllerView(start_controller, deployed)
+        # A configuration that the workers are not fit for is refused: then we are not, either.
+        self._config = config = await self._view.settle()
         self._records = Records(config.router.records)
         self._context = zmq.asyncio.Context()
         self._router_id = RouterId(f"{config.cluster.name}-router-{uuid.uuid4().hex[:8]}")
@@ -144,7 +166,6 @@ class RouterReplica:
             self._traces.record if self._traces else lambda _record: None,
         )
         frontend = await build_frontend(config.model, self._flow)
-        self._view = ControllerView(start_controller)
         operations = Operations(
             self._health,
             self._record,
@@ -172,6 +193,8 @@ class RouterReplica:
         only. Whether requests can be served is what `/health` says."""
         if self._polling.done():
             raise RuntimeError("the router no longer follows the controller")
+        if (why := refusal(differences(self._config, self._view.running))) is not None:
+            raise RuntimeError(f"the workers go by another configuration: {why}")
 
     async def __del__(self) -> None:
         self._polling.cancel()
@@ -261,10 +284,12 @@ def router_application(
     start_controller: Callable[[], Any],
     pages: Pages,
     bind_host: str | None = None,
+    revision: float = 0.0,
 ) -> Any:
     """Return the Serve application that runs the configured number of routers.
 
-    `start_controller` returns the deployment's controller actor, started if there is none.
+    `start_controller` returns the deployment's controller actor, started if there is none. One
+    that is there already goes by `config` if its `revision` is later and its workers fit.
     `pages` are served as they are. Routers show their metrics on `bind_host`, or each on its
     node's address if that is None.
     """
@@ -277,8 +302,9 @@ def router_application(
         # CUDA_VISIBLE_DEVICES: the front-end only needs a tokenizer, never the accelerator.
         ray_actor_options={
             "num_cpus": 0,
+            "resources": config.router.resources,
             "runtime_env": {"env_vars": {**env, "CUDA_VISIBLE_DEVICES": ""}},
         },
     )
     router = deployment(serve.ingress()(RouterReplica))
-    return router.bind(config, start_controller, pages, bind_host)
+    return router.bind(InForce(config, revision), start_controller, pages, bind_host)

@@ -77,6 +77,7 @@ PURE = {
     "cluster/pools.py",
     "cluster/preemption.py",
     "cluster/reconcile.py",
+    "cluster/reconfigure.py",
     "cluster/roles.py",
     "cluster/service.py",
     "cluster/shortage.py",

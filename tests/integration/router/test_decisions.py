@@ -9,12 +9,15 @@ import httpx
 import pytest
 import ray
 
+from cluster.config import TandemConfig, parse_config
 from cluster.load import RouterLoad
 from cluster.names import RouterId
+from cluster.reconfigure import InForce
 from router import deployment
 from router.deployment import ControllerView
 from router.surface import Operations, operator_app
 
+RUNNING = parse_config({"router": {"max_queued": 7}})
 RECORDS = [{"seq": seq, "decision": {"reason": f"number {seq}"}} for seq in range(1, 8)]
 
 
@@ -33,9 +36,13 @@ class FakeController:
         self.state = remote(self._state)
         self.history = remote(self._history)
         self.follow = remote(self._follow)
+        self.reconfigure = remote(self._reconfigure)
 
     async def _follow(self, load: dict[str, Any], known_version: int) -> dict[str, Any]:
         return {"version": 1, "workers": [], "health": (True, "serving")}
+
+    async def _reconfigure(self, offered: InForce) -> TandemConfig:
+        return RUNNING
 
     async def _answer(self) -> None:
         if self._failure is not None:
@@ -58,7 +65,7 @@ class FakeController:
 
 async def get(path: str, controller: FakeController | None) -> httpx.Response:
     """Ask a router that knows `controller`, or that has not found one yet."""
-    view = ControllerView(lambda: controller)
+    view = ControllerView(lambda: controller, InForce(TandemConfig()))
     if controller is not None:
         assert await view.ask(RouterLoad(RouterId("r"), 0.0)) == []
     operations = Operations(
@@ -119,3 +126,18 @@ async def test_state_and_history_come_from_the_controller() -> None:
     assert (await get("/admin/state", FakeController())).json() == {"name": "tandem"}
     page = (await get("/admin/history?after=1800000000", FakeController())).json()
     assert page == {"rows": [], "next": 1_800_000_000}
+
+
+async def test_a_router_goes_by_what_the_controller_says_is_in_force() -> None:
+    view = ControllerView(lambda: FakeController(), InForce(TandemConfig(), 1.0))
+    assert await view.settle() == RUNNING
+
+
+async def test_a_router_goes_by_its_own_configuration_while_nobody_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(deployment, "_SETTLE_S", 0.05)
+    controller = FakeController()
+    controller.reconfigure = remote(lambda _: asyncio.Event().wait())
+    view = ControllerView(lambda: controller, InForce(TandemConfig(), 1.0))
+    assert await view.settle() == TandemConfig()

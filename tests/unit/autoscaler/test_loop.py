@@ -218,3 +218,28 @@ async def test_it_runs_until_cancelled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert [sizes for sizes, _ in pools.orders] == [BOTH]
+
+
+def test_a_new_configuration_keeps_what_was_decided_and_sets_the_sizes() -> None:
+    pools = PaperPools()
+    scaler = Autoscaler(config_of(mode="off"), pools)
+    scaler.tick()
+    scaler.reconfigure(config_of(decision_period_s=5.0), {**BOTH, Role.DECODE: 3}, "deployed")
+    assert pools.orders == [({Role.PREFILL: 2, Role.DECODE: 3}, "deployed")]
+    assert scaler.state.target == Sizes(2, 3)
+    first = scaler.tick()
+    assert first is not None and first.current == Sizes(2, 3), "it decides from there at once"
+    before = scaler.decisions(0, 10)
+    scaler.reconfigure(config_of(cooldown_in_s=1.0), BOTH, "deployed again")
+    assert scaler.decisions(0, 10) == before
+    assert scaler.log.next_seq == len(before) + 1
+
+
+def test_an_order_by_hand_outlives_a_new_configuration() -> None:
+    pools = PaperPools()
+    scaler = Autoscaler(config_of(mode="off"), pools)
+    scaler.pin({Role.PREFILL: 1, Role.DECODE: 4}, "by hand")
+    scaler.tick()
+    scaler.reconfigure(config_of(mode="off"), BOTH, "deployed")
+    scaler.tick()
+    assert pools.sizes == {Role.PREFILL: 1, Role.DECODE: 4}
