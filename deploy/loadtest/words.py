@@ -87,7 +87,8 @@ class Send:
     `prompt_token_ids` go out as they are; for an endpoint that takes text their decoded text
     does. `output_tokens` is exactly how many tokens the endpoint shall answer with. Turns of
     one `session` share their beginning: each prompt contains the last one, and an answer's
-    stand-in after it. `phase` names the part of the run, "" if it has none.
+    stand-in after it; it is due `think_s` after the answer of the turn before ended, and not
+    before `at_s`. `phase` names the part of the run, "" if it has none.
     """
 
     at_s: float
@@ -95,6 +96,7 @@ class Send:
     output_tokens: int
     session: str | None = None
     turn: int = 0
+    think_s: float = 0.0
     phase: str = ""
 
     @property
