@@ -101,9 +101,9 @@ def _add_measures(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--late-limit",
         type=_positive,
-        default=0.01,
+        default=0.02,
         metavar="S",
-        help="fail if requests leave later than this at p99 (default: 0.01)",
+        help="fail if requests leave later than this at p99 (default: 0.02)",
     )
     answers = group.add_mutually_exclusive_group()
     answers.add_argument("--record", type=Path, metavar="FILE", help="keep answers as a reference")
@@ -215,7 +215,7 @@ def _site(parsed: argparse.Namespace) -> Any:
 
     from deploy.loadtest.conduct import Site
     from deploy.loadtest.endpoint import discover
-    from deploy.loadtest.tokenizer import FileTokenizer
+    from deploy.loadtest.prompts import FileTokenizer
 
     headers = dict(parsed.header)
     if parsed.api_key_file is not None:

@@ -27,7 +27,7 @@ class Question:
     terms: Terms
     label: str
     # At p99; a client that sends later than this measures itself.
-    late_limit_s: float = 0.01
+    late_limit_s: float = 0.02
     phase_s: float | None = None
     verify: str | None = None
 

@@ -10,6 +10,7 @@ import httpx
 
 from cluster.errors import ConfigError, Unavailable
 from deploy.loadtest.connection import Address
+from deploy.loadtest.prompts import text_of
 from deploy.loadtest.words import Send, Tokenizer
 
 Api = Literal["completions", "chat"]
@@ -58,7 +59,7 @@ class Endpoint:
         if self.api == "chat":
             if tokenizer is None:
                 raise ConfigError("chat takes text: name the model's tokenizer with --tokenizer")
-            text = tokenizer.decode(send.prompt_token_ids)
+            text = text_of(tokenizer, send.prompt_token_ids)
             body["messages"] = [{"role": "user", "content": text}]
         else:
             body["prompt"] = send.prompt_token_ids
