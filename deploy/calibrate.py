@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 
 from autoscaler.calibration import (
     Choice,
@@ -35,9 +34,9 @@ from deploy.controller_link import (
     running_deployment,
     wait_for_sizes,
 )
+from deploy.loadtest.prompts import FileTokenizer, PromptSource, read_text
 from deploy.pressure import Pressure, press
 from deploy.status import table
-from deploy.trace import FileTokenizer, PromptSource, read_text
 
 # One process cannot follow more streams than this without becoming the bottleneck itself.
 _MOST_CLIENTS = 512
@@ -82,7 +81,7 @@ def run(config: TandemConfig, plan: CalibrationPlan, say: Callable[[str], None] 
     state = running_deployment(config.cluster.name)
     _require_matching_signal(plan.config_out)
     pressure = _pressure(config, plan, state.url)
-    source = PromptSource(FileTokenizer(config.model.path), read_text(), Random(0))
+    source = PromptSource(FileTokenizer(config.model.path), read_text(), seed=0)
     sweep = Sweep()
 
     def measure(sizes: Sizes, clients: int) -> Measurement:

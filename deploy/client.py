@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import httpx
@@ -31,8 +32,10 @@ def _model_of(url: str) -> dict[str, Any]:
         raise Unavailable(f"{url}/v1/models: {error}") from None
 
 
-async def stream(client: httpx.AsyncClient, model: str, prompt: str, replayed: Replayed) -> str:
-    """Receive one completion; return the id under which the router recorded it."""
+async def stream(
+    client: httpx.AsyncClient, model: str, prompt: Sequence[int], replayed: Replayed
+) -> str:
+    """Receive one completion of a prompt's tokens; return the id of the router's record of it."""
     body = {
         "model": model,
         "prompt": prompt,

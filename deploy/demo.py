@@ -13,15 +13,10 @@ from rich.progress import Progress
 
 from cluster.config import TandemConfig
 from deploy.client import context_of, stream
+from deploy.loadtest.prompts import FileTokenizer
+from deploy.loadtest.words import Send, WorkloadSpec
+from deploy.loadtest.workload import build
 from deploy.report import Replayed, faults, rows
-from deploy.trace import (
-    AZURE_CONVERSATIONS,
-    FileTokenizer,
-    PromptSource,
-    fit_lengths,
-    read_text,
-    read_trace,
-)
 
 _MAX_OUTPUT = 128
 _REQUEST_TIMEOUT_S = 120.0
@@ -33,16 +28,6 @@ class DemoPlan:
 
     num_requests: int
     rate_scale: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Send:
-    """A request ready to go out `at_s` seconds after the start."""
-
-    at_s: float
-    prompt: str
-    prompt_tokens: int
-    output_tokens: int
 
 
 def run(config: TandemConfig, url: str, plan: DemoPlan) -> int:
@@ -59,23 +44,14 @@ def run(config: TandemConfig, url: str, plan: DemoPlan) -> int:
     return 1 if wrong else 0
 
 
-def prepare(config: TandemConfig, plan: DemoPlan, context: int) -> list[_Send]:
+def prepare(config: TandemConfig, plan: DemoPlan, context: int) -> list[Send]:
     """Return what to send: the trace's arrivals, and text of its lengths scaled to the model."""
-    trace = read_trace(AZURE_CONVERSATIONS, plan.num_requests)
-    fitted = fit_lengths(trace, context, min(_MAX_OUTPUT, context // 4))
-    source = PromptSource(FileTokenizer(config.model.path), read_text(), Random(0))
-    return [
-        _Send(
-            request.at_s / plan.rate_scale,
-            source.prompt(request.prompt_tokens),
-            request.prompt_tokens,
-            request.output_tokens,
-        )
-        for request in fitted
-    ]
+    workload = f"azure:max_output={min(_MAX_OUTPUT, context // 4)}"
+    spec = WorkloadSpec(workload, time_scale=plan.rate_scale, num_requests=plan.num_requests)
+    return build(spec, FileTokenizer(config.model.path), context, Random(0))
 
 
-async def _replay(model: str, url: str, sends: Sequence[_Send]) -> list[Replayed]:
+async def _replay(model: str, url: str, sends: Sequence[Send]) -> list[Replayed]:
     """Send every request at its time, whatever became of those before it."""
     limits = httpx.Limits(max_connections=len(sends))
     timeout = httpx.Timeout(_REQUEST_TIMEOUT_S)
@@ -91,14 +67,14 @@ async def _replay(model: str, url: str, sends: Sequence[_Send]) -> list[Replayed
 async def _one(
     client: httpx.AsyncClient,
     model: str,
-    send: _Send,
+    send: Send,
     started_at: float,
     advance: Callable[[], None],
 ) -> Replayed:
     replayed = Replayed(send.prompt_tokens, send.output_tokens, started_at + send.at_s)
     await asyncio.sleep(replayed.scheduled_at - time.monotonic())
     try:
-        exchange_id = await stream(client, model, send.prompt, replayed)
+        exchange_id = await stream(client, model, send.prompt_token_ids, replayed)
         record = await client.get(f"/admin/requests/{exchange_id}")
         replayed.record = record.json() if record.status_code == 200 else None
     except (httpx.HTTPError, ValueError, KeyError) as error:

@@ -13,8 +13,8 @@ import httpx
 from autoscaler.calibration import Measurement, Objectives
 from autoscaler.ratio import Sizes
 from deploy.client import stream
+from deploy.loadtest.prompts import PromptSource
 from deploy.report import Replayed, percentile
-from deploy.trace import PromptSource
 
 _REQUEST_TIMEOUT_S = 120.0
 _AFTER_FAILURE_S = 0.25
