@@ -58,9 +58,7 @@ def _renewals(first: float, gap: Callable[[], float]) -> Iterator[float]:
         at_s += gap()
 
 
-def following(
-    rate: Callable[[float], float], highest: float, rng: Random
-) -> Iterator[float]:
+def following(rate: Callable[[float], float], highest: float, rng: Random) -> Iterator[float]:
     """Yield Poisson arrivals whose rate at second t is `rate(t)`, nowhere above `highest`."""
     for at_s in poisson(highest, rng):
         if rng.random() * highest < rate(at_s):

@@ -5,16 +5,27 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Annotated
 
 from deploy.loadtest import servegen
 from deploy.loadtest.arrivals import following, gamma, poisson, read_curve
 from deploy.loadtest.lengths import Length, parse_length
 from deploy.loadtest.planned import Part, Planned, in_order, scale_lengths, scale_rate
-from deploy.loadtest.spec import above_zero, count, count_or_none, key, not_negative, one_of
-from deploy.loadtest.traces import AZURE, BURSTGPT, MOONCAKE, read_azure, read_burstgpt, read_mooncake
+from deploy.loadtest.spec import Key, above_zero, count, count_or_none, not_negative, one_of
+from deploy.loadtest.traces import (
+    AZURE,
+    BURSTGPT,
+    MOONCAKE,
+    read_azure,
+    read_burstgpt,
+    read_mooncake,
+)
 
 DEFAULT_SECONDS = 60.0
 DAY_HOURS = 24.0
+_TRACES = one_of("azure", "mooncake", "burstgpt")
+_CURVES, _YES_NO = one_of("dialogue", "search"), one_of("no", "yes")
+_INPUT, _ANSWER, _TURNS = parse_length("512"), parse_length("64"), parse_length("4")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +53,10 @@ class Ask:
 class Kind:
     """Keys that every workload has; seconds are the workload's own, before --time-scale."""
 
-    name: str = key(str, "", "the phase's name in the report")
-    duration: float | None = key(above_zero, None, "only the first so many seconds")
-    requests: int | None = key(count, None, "only the first so many requests")
-    warmup: float = key(not_negative, 0.0, "the first so many seconds are the phase warm-up")
+    name: Annotated[str, Key(str, "the phase's name in the report")] = ""
+    duration: Annotated[float | None, Key(above_zero, "only its first seconds")] = None
+    requests: Annotated[int | None, Key(count, "only its first requests")] = None
+    warmup: Annotated[float, Key(not_negative, "first seconds, a phase of their own")] = 0.0
 
     def plan(self, ask: Ask) -> list[Planned]:
         raise NotImplementedError
@@ -55,11 +66,11 @@ class Kind:
 class Recorded(Kind):
     """Keys of what replays a recorded trace."""
 
-    path: Path | None = key(Path, None, "the trace; without it the excerpt that is shipped")
-    rate: float | None = key(above_zero, None, "requests per second on average, by thinning or copies")
-    longest: int | None = key(count, None, "leave out requests with more tokens, answer included")
-    max_input: int | None = key(count, None, "scale prompts alike until the longest has so many tokens")
-    max_output: int | None = key(count, None, "the same for answers")
+    path: Annotated[Path | None, Key(Path, "the trace; else the shipped excerpt")] = None
+    rate: Annotated[float | None, Key(above_zero, "mean requests per second")] = None
+    longest: Annotated[int | None, Key(count, "leave out requests of more tokens")] = None
+    max_input: Annotated[int | None, Key(count, "scale prompts to at most so many")] = None
+    max_output: Annotated[int | None, Key(count, "scale answers to at most so many")] = None
 
     def _adapted(self, planned: list[Planned]) -> list[Planned]:
         """Leave out what is too long, then scale the rest down to the longest allowed."""
@@ -107,9 +118,9 @@ class BurstGPT(Recorded):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServeGen(Recorded):
-    """ServeGen client decomposition (a folder): clients with rates, CVs and lengths of their own."""
+    """ServeGen client decomposition (a folder): each client has its rates, CVs and lengths."""
 
-    start: float = key(not_negative, 0.0, "the second of the recorded day to begin with")
+    start: Annotated[float, Key(not_negative, "the second of the recorded day to begin with")] = 0.0
 
     def plan(self, ask: Ask) -> list[Planned]:
         clients = servegen.read_clients(self.path or servegen.CLIENTS)
@@ -126,11 +137,11 @@ class ServeGen(Recorded):
 class Synthetic(Kind):
     """Keys of what draws requests one by one."""
 
-    input: Length = key(parse_length, parse_length("512"), "prompt tokens: 512, 128..1024 or 512~0.8")
-    output: Length = key(parse_length, parse_length("64"), "answer tokens, written like input")
-    lengths: str = key(one_of("azure", "mooncake", "burstgpt"), "", "draw both from a trace instead")
-    prefix: int = key(count_or_none, 0, "so many first tokens of the prompt are shared")
-    groups: int = key(count, 1, "by so many groups of requests, each with a prefix of its own")
+    input: Annotated[Length, Key(parse_length, "prompt tokens: 512, 1..99, MEAN~CV")] = _INPUT
+    output: Annotated[Length, Key(parse_length, "answer tokens, written like input")] = _ANSWER
+    lengths: Annotated[str, Key(_TRACES, "draw both from this trace instead")] = ""
+    prefix: Annotated[int, Key(count_or_none, "first tokens that prompts share")] = 0
+    groups: Annotated[int, Key(count, "of so many different prefixes")] = 1
 
     def _requests(self, arrivals: Iterator[float], rng: Random) -> Iterator[Planned]:
         draw = self._drawing(rng)
@@ -157,7 +168,7 @@ class Synthetic(Kind):
 class Poisson(Synthetic):
     """Independent arrivals at a steady rate."""
 
-    rate: float = key(above_zero, 1.0, "requests per second")
+    rate: Annotated[float, Key(above_zero, "requests per second")] = 1.0
 
     def plan(self, ask: Ask) -> list[Planned]:
         arrivals = poisson(self.rate * ask.rate_scale, ask.rng)
@@ -168,8 +179,8 @@ class Poisson(Synthetic):
 class Gamma(Synthetic):
     """Gamma gaps at a steady rate: bursty above a CV of 1, even below, a metronome at 0."""
 
-    rate: float = key(above_zero, 1.0, "requests per second")
-    cv: float = key(not_negative, 2.0, "coefficient of variation of the gaps")
+    rate: Annotated[float, Key(above_zero, "requests per second")] = 1.0
+    cv: Annotated[float, Key(not_negative, "coefficient of variation of the gaps")] = 2.0
 
     def plan(self, ask: Ask) -> list[Planned]:
         arrivals = gamma(self.rate * ask.rate_scale, self.cv, ask.rng)
@@ -180,10 +191,10 @@ class Gamma(Synthetic):
 class Bursts(Synthetic):
     """Bursts and calm in turns, Poisson in each; every one is a phase of the report."""
 
-    rate: float = key(above_zero, 4.0, "requests per second in a burst")
-    calm: float = key(not_negative, 1.0, "requests per second between bursts")
-    on: float = key(above_zero, 10.0, "seconds that a burst lasts")
-    off: float = key(above_zero, 20.0, "seconds between bursts")
+    rate: Annotated[float, Key(above_zero, "requests per second in a burst")] = 4.0
+    calm: Annotated[float, Key(not_negative, "requests per second between bursts")] = 1.0
+    on: Annotated[float, Key(above_zero, "seconds that a burst lasts")] = 10.0
+    off: Annotated[float, Key(above_zero, "seconds between bursts")] = 20.0
 
     def plan(self, ask: Ask) -> list[Planned]:
         def rate(at_s: float) -> float:
@@ -210,11 +221,11 @@ class Bursts(Synthetic):
 class HeteroScale(Synthetic):
     """A day of load after the curves in the HeteroScale paper, compressed into minutes."""
 
-    curve: str = key(one_of("dialogue", "search"), "dialogue", "the service: dialogue or search")
-    peak: float = key(above_zero, 4.0, "requests per second at the curve's peak")
-    day: float = key(above_zero, 720.0, "seconds that the 24 hours take")
-    start: float = key(not_negative, 0.0, "the hour to begin with")
-    drift: str = key(one_of("no", "yes"), "no", "yes: prompts lengthen as the prefill curve does")
+    curve: Annotated[str, Key(_CURVES, "of the service dialogue or search")] = "dialogue"
+    peak: Annotated[float, Key(above_zero, "requests per second at the curve's peak")] = 4.0
+    day: Annotated[float, Key(above_zero, "seconds that the 24 hours take")] = 720.0
+    start: Annotated[float, Key(not_negative, "the hour to begin with")] = 0.0
+    drift: Annotated[str, Key(_YES_NO, "prompts lengthen with the prefill curve")] = "no"
 
     def plan(self, ask: Ask) -> list[Planned]:
         decode = read_curve(f"{self.curve}_decode")
@@ -243,16 +254,16 @@ class HeteroScale(Synthetic):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversations(Kind):
-    """Sessions of several turns; a turn goes out after the answer before it and a time to think."""
+    """Sessions of several turns, each sent after the answer before it and a time to think."""
 
-    sessions: int = key(count, 20, "how many conversations")
-    rate: float = key(above_zero, 0.5, "conversations that begin per second, Poisson")
-    turns: Length = key(parse_length, parse_length("4"), "turns of each: 4, 2..8 or 4~0.5")
-    think: float = key(not_negative, 2.0, "mean seconds between an answer and the next turn, exponential")
-    system: int = key(count_or_none, 128, "tokens of the system prompt")
-    groups: int = key(count, 2, "different system prompts")
-    user: Length = key(parse_length, parse_length("64"), "tokens that each turn adds, written like turns")
-    output: Length = key(parse_length, parse_length("64"), "tokens of each answer, written like turns")
+    sessions: Annotated[int, Key(count, "how many conversations")] = 20
+    rate: Annotated[float, Key(above_zero, "conversations that begin per second, Poisson")] = 0.5
+    turns: Annotated[Length, Key(parse_length, "turns of each: 4, 2..8, MEAN~CV")] = _TURNS
+    think: Annotated[float, Key(not_negative, "mean seconds from an answer to the next turn")] = 2.0
+    system: Annotated[int, Key(count_or_none, "tokens of the system prompt")] = 128
+    groups: Annotated[int, Key(count, "different system prompts")] = 2
+    user: Annotated[Length, Key(parse_length, "tokens that a turn adds")] = _ANSWER
+    output: Annotated[Length, Key(parse_length, "tokens of an answer")] = _ANSWER
 
     def plan(self, ask: Ask) -> list[Planned]:
         starts = poisson(self.rate * ask.rate_scale, ask.rng)

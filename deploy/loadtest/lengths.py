@@ -18,6 +18,9 @@ class Length:
     mean: float
     draw: Callable[[Random], int]
 
+    def __str__(self) -> str:
+        return self.text
+
 
 def parse_length(text: str) -> Length:
     """Read `512` (always), `128..1024` (uniform) or `512~0.8` (log-normal: mean and CV).

@@ -91,9 +91,7 @@ def thin(planned: Iterable[Planned], share: float, rng: Random) -> list[Planned]
     return kept
 
 
-def turned(
-    planned: Iterable[Planned], name: str, shift_s: float, span_s: float
-) -> list[Planned]:
+def turned(planned: Iterable[Planned], name: str, shift_s: float, span_s: float) -> list[Planned]:
     """Return a copy that starts `shift_s` into the span and goes on at its beginning."""
     return [
         replace(

@@ -95,7 +95,7 @@ def read_clients(folder: Path = CLIENTS) -> list[Client]:
     names = (path.name for path in folder.glob("chunk-*-trace.csv"))
     numbers = sorted(int(found[1]) for name in names if (found := _TRACE_NAME.fullmatch(name)))
     if not numbers:
-        raise ConfigError(f"{folder}: no chunk-N-trace.csv in it; give the folder of a ServeGen set")
+        raise ConfigError(f"{folder}: no chunk-N-trace.csv in it; give a ServeGen folder")
     return [_read_client(folder, number) for number in numbers]
 
 

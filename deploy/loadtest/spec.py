@@ -1,26 +1,30 @@
 """The text that names a workload: `KIND[:key=value,...]`, phases joined by `;`.
 
-Every kind is a frozen dataclass whose fields are its keys; a field says with `key` how its text is
-read and what it means. Nothing else needs to know the keys.
+Every kind is a frozen dataclass whose fields are its keys, `Annotated` with the `Key` that says how
+the text is read and what it means. Nothing else needs to know the keys.
 """
 
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Container, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar, get_type_hints
 
 from cluster.errors import ConfigError
 
 Phase = TypeVar("Phase")
 
 
-def key(read: Callable[[str], Any], default: Any, says: str) -> Any:
-    """Return a dataclass field whose text `read` turns into its value, or raises ValueError.
+@dataclass(frozen=True, slots=True)
+class Key:
+    """How a key's text is read, and what it means.
 
-    The ValueError's message is what the text should have been.
+    `read` raises a ValueError whose message is what the text should have been.
     """
-    return dataclasses.field(default=default, metadata={"read": read, "says": says})
+
+    read: Callable[[str], Any]
+    says: str
 
 
 def parse(text: str, kinds: Mapping[str, type[Phase]]) -> list[Phase]:
@@ -39,7 +43,7 @@ def _parse_phase(text: str, kinds: Mapping[str, type[Phase]]) -> Phase:
             f"there are {', '.join(kinds)}"
         )
     kind = kinds[name]
-    readers = {f.name: f.metadata["read"] for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    readers = keys_of(kind)
     values: dict[str, Any] = {}
     for argument in filter(None, arguments.split(",")):
         key_name, equals, value = argument.partition("=")
@@ -52,10 +56,16 @@ def _parse_phase(text: str, kinds: Mapping[str, type[Phase]]) -> Phase:
         if not equals or key_name in values:
             raise ConfigError(f"{place}{key_name} needs one value: {key_name}=...")
         try:
-            values[key_name] = readers[key_name](value)
+            values[key_name] = readers[key_name].read(value)
         except ValueError as error:
             raise ConfigError(f"{place}{key_name}={value} is not {error}") from None
     return kind(**values)
+
+
+def keys_of(kind: type[Any]) -> dict[str, Key]:
+    """Return a kind's keys, in the order of its fields."""
+    hints = get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name].__metadata__[0] for field in dataclasses.fields(kind)}
 
 
 def _nearest(name: str, known: Mapping[str, object]) -> str:
@@ -63,17 +73,20 @@ def _nearest(name: str, known: Mapping[str, object]) -> str:
     return f", did you mean {near[0]!r}?" if near else ""
 
 
-def describe(kinds: Mapping[str, type[Any]]) -> Iterator[str]:
-    """Yield the lines that explain every kind and its keys."""
+def describe(kinds: Mapping[str, type[Any]], common: type[Any]) -> Iterator[str]:
+    """Yield the lines that explain every kind's keys; those of `common`, which all have, once."""
+    yield "every workload"
+    yield from _described(common, ())
     for name, kind in kinds.items():
         yield f"{name}: {(kind.__doc__ or '').splitlines()[0]}"
-        for field in dataclasses.fields(kind):
-            default = "" if field.default in (None, "") else f" ({_written(field.default)})"
-            yield f"    {field.name}={default}  {field.metadata['says']}"
+        yield from _described(kind, keys_of(common))
 
 
-def _written(default: object) -> str:
-    return getattr(default, "text", None) or str(default)
+def _described(kind: type[Any], known: Container[str]) -> Iterator[str]:
+    for name, key in keys_of(kind).items():
+        if name not in known:
+            default = getattr(kind(), name)
+            yield f"  {name:<10} {key.says}" + ("" if default in (None, "") else f" [{default}]")
 
 
 def above_zero(text: str) -> float:

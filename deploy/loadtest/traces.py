@@ -114,7 +114,7 @@ def read_lines(path: Path) -> Iterator[tuple[str, str]]:
     number = 0
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):  # noqa: B007  # for the error
+            for number, line in enumerate(file, start=1):
                 if text := line.decode("utf-8-sig" if number == 1 else "utf-8").strip():
                     yield f"{path}:{number}", text
     except OSError as error:

@@ -55,7 +55,7 @@ def plan(spec: WorkloadSpec, context: int, rng: Random) -> list[Planned]:
 
 def usage() -> str:
     """Return a text that explains every kind and its keys."""
-    return "\n".join(describe(KINDS))
+    return "\n".join(describe(KINDS, Kind))
 
 
 def _check(spec: WorkloadSpec) -> None:

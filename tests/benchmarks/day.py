@@ -1,13 +1,12 @@
 """`make bench-day`: a day of load in minutes on 24 simulated workers and four Ray nodes.
 
-The curve is the published one (`deploy/loadtest/data/heteroscale_day.csv`); windows, periods and
+The curve is the published one (`deploy/loadtest/data/heteroscale_24h.csv`); windows, periods and
 cooldowns are divided by the same factor as the day. Workers are simulated, everything else is
 not: Ray, placement groups, sockets, hand-offs, the router and the control loop.
 """
 
 import argparse
 import asyncio
-import csv
 import math
 import os
 import subprocess
@@ -15,8 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,12 +28,12 @@ from autoscaler.decision_log import Record, parse_records
 from cluster.config import TandemConfig, parse_config
 from cluster.ray_plane import NAMESPACE
 from cluster.topology import LOGICAL_CLUSTER_LABEL, S1_LABEL, S2_LABEL
+from deploy.loadtest.arrivals import read_curve
 from deploy.ports import free_port
 from tests.benchmarks.sections import table, write_section
 from tests.paced_load import LoadReport, paced_load
 from tests.served import Served, start, stop, tandem_command
 
-CURVE = Path("deploy/loadtest/data/heteroscale_day.csv")
 DAY_S = 24 * 3600.0
 SPEEDUP = 120.0
 NODES, MOST_WORKERS = 4, 24
@@ -65,29 +63,15 @@ def flags(decision_file: Path) -> dict[str, object]:
     }
 
 
-def curve() -> Callable[[float], float]:
-    """Return the share of the peak at a second of the day, between the points measured."""
-    with CURVE.open() as file:
-        points = [(3600 * float(r["hour"]), float(r["decode_tps"])) for r in csv.DictReader(file)]
-    times = [at for at, _ in points]
-
-    def share(second: float) -> float:
-        index = min(max(bisect_right(times, second), 1), len(points) - 1)
-        (t0, v0), (t1, v1) = points[index - 1], points[index]
-        return v0 + (v1 - v0) * (second - t0) / (t1 - t0)
-
-    return share
-
-
 class Day:
     """The load of one compressed day, sent from a thread of its own."""
 
     def __init__(self, served: Served, hours: float) -> None:
-        share, length_s = curve(), 3600 * hours / SPEEDUP
+        curve, length_s = read_curve("dialogue_decode"), 3600 * hours / SPEEDUP
         began = time.monotonic()
 
         def rate(elapsed_s: float) -> float:
-            return max(0.2, share(elapsed_s * SPEEDUP) * PEAK_TPS / OUTPUT_TOKENS)
+            return max(0.2, curve.at(elapsed_s * SPEEDUP / 3600) * PEAK_TPS / OUTPUT_TOKENS)
 
         def run() -> None:
             self.report: LoadReport = asyncio.run(
