@@ -98,7 +98,7 @@ class Source:
         self._plan = plan
         self._due: list[tuple[float, int, _Stream]] = []
         self._num_pushed = 0
-        self._num_requests = 0
+        self.num_requests = 0
         self._timer: PreciseTimer | None = None
         self._server: asyncio.Server | None = None
         self.sessions: set[_Session] = set()
@@ -140,13 +140,13 @@ class Source:
         except msgspec.MsgspecError as error:
             session.answer(400, {"error": {"message": str(error)}})
             return
-        self._num_requests += 1
+        self.num_requests += 1
         plan = self._plan
-        is_faulty = plan.fault is not None and self._num_requests % plan.fault_every == 0
+        is_faulty = plan.fault is not None and self.num_requests % plan.fault_every == 0
         if is_faulty and plan.fault is Fault.REFUSE:
             session.answer(503, {"error": {"message": "no room"}})
             return
-        stream = _Stream(session, asked, f"bare-{self._num_requests}", b"chat" in path)
+        stream = _Stream(session, asked, f"bare-{self.num_requests}", b"chat" in path)
         stream.fault = plan.fault if is_faulty else None
         prompt = asked.prompt if asked.prompt is not None else asked.messages
         session.begin(stream, zlib.crc32(msgspec.json.encode(prompt)))

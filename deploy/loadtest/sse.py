@@ -3,6 +3,9 @@
 Decoding goes by type: a field that is not needed costs nothing, and one of another type is named.
 """
 
+import json
+from typing import Any
+
 import msgspec
 
 from deploy.loadtest.words import RequestRecord
@@ -30,7 +33,7 @@ class _Choice(msgspec.Struct):
 class _Chunk(msgspec.Struct):
     choices: list[_Choice] = []
     usage: _Usage | None = None
-    error: msgspec.Raw | None = None
+    error: Any = None
 
 
 _decode = msgspec.json.Decoder(_Chunk).decode
@@ -70,8 +73,8 @@ class AnswerStream:
             self.record.error = self.record.error or f"an answer is not one: {error}: {shown}"
             return
         if chunk.error is not None:
-            text = bytes(chunk.error)[:_SHOWN].decode(errors="replace")
-            self.record.error = self.record.error or f"the endpoint says: {text}"
+            shown = json.dumps(chunk.error)[:_SHOWN]
+            self.record.error = self.record.error or f"the endpoint says: {shown}"
             return
         self._count(chunk, now_s)
         if self._keeps_text:
