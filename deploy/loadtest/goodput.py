@@ -82,7 +82,7 @@ class _Search:
         spec = self._spec(step)
         question = replace(self._question, spec=spec, seed=seed)
         sends = sends_of(self._site, question)
-        judge = _Judge(self._question.terms.slo, len(sends), self._plan)
+        judge = Judge(self._question.terms.slo, len(sends), self._plan)
         question = replace(
             question, plan=replace(question.plan, is_decided=judge.is_decided, keeps_text=False)
         )
@@ -96,7 +96,8 @@ class _Search:
         probe = Probe(step.rate, judge.num_met, judge.num_judged, run.state == "cut")
         self._probes.append(probe)
         self._note(probe, document)
-        time.sleep(_SETTLE_S)
+        if probe.is_cut:
+            time.sleep(_SETTLE_S)
         return "complete"
 
     def _spec(self, step: Measure) -> WorkloadSpec:
@@ -151,7 +152,7 @@ def _rate_of(site: Site, question: Question) -> float:
     return (len(sends) - 1) / span_s
 
 
-class _Judge:
+class Judge:
     """Follows a probe's requests and says when it cannot be met any more."""
 
     def __init__(self, slo: Slo, num_requests: int, plan: SearchPlan) -> None:

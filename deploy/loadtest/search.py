@@ -49,8 +49,12 @@ class SearchPlan:
     min_requests: int = 50
     max_requests: int = 2000
     probe_s: float = 20.0
-    min_rate: float = 0.01
     max_rate: float = 1000.0
+
+    @property
+    def min_rate(self) -> float:
+        """Below a hundredth of where the search starts it would go on for hours."""
+        return self.start_rate / 100
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,13 @@ from cluster.config import BUNDLED_MODEL
 from deploy.cli import main
 from deploy.loadtest.client import Client
 from deploy.loadtest.endpoint import Endpoint, discover
+from deploy.loadtest.goodput import Judge
 from deploy.loadtest.pace import Job, prepare
 from deploy.loadtest.prompts import read_text
 from deploy.loadtest.run import LoadPlan, load
+from deploy.loadtest.search import SearchPlan
 from deploy.loadtest.source import Fault, Source, SourcePlan
-from deploy.loadtest.words import Outcome, Send
+from deploy.loadtest.words import Outcome, Send, Slo
 from deploy.ports import free_port
 from tests.waiting import until, wait_for
 
@@ -53,8 +55,8 @@ def running(served: Source) -> Iterator[str]:
     try:
         port = asyncio.run_coroutine_threadsafe(served.start("127.0.0.1", 0), loop).result(10)
         yield f"http://127.0.0.1:{port}"
-        asyncio.run_coroutine_threadsafe(served.stop(), loop).result(10)
     finally:
+        asyncio.run_coroutine_threadsafe(served.stop(), loop).result(10)
         loop.call_soon_threadsafe(loop.stop)
         thread.join(10)
         loop.close()
@@ -329,12 +331,16 @@ def test_finds_the_goodput_and_keeps_every_probe(tmp_path: Path) -> None:
     assert len(document["requests"]) == 60 and document["summary"]["slo"]["attainment"] == 1.0
 
 
-def test_a_rate_that_is_missed_is_cut_short(tmp_path: Path) -> None:
-    output = tmp_path / "run.json"
-    search = ("--find-goodput", "--slo-ttft", "0.001", "--start-rate", "0.01", "--time-scale", "1")
-    with source() as url:
-        assert loadtest(url, output, *search, "--probe", "0.1", "--requests", "2") == 0
-    assert read(output)["goodput"]["rate"] == 0.0
+async def test_a_rate_that_cannot_be_met_any_more_is_cut_short() -> None:
+    served = Source(SourcePlan(0.02, 0.002))
+    endpoint = Endpoint(f"http://127.0.0.1:{await served.start('127.0.0.1', 0)}", "bare")
+    jobs = jobs_of(endpoint, [Send(0.01 * number, (1, 2), 2) for number in range(1000)])
+    judge = Judge(Slo(ttft_s=0.001), 50, SearchPlan(start_rate=1.0))
+    plan = LoadPlan(is_decided=judge.is_decided)
+    run = await load(endpoint, jobs, plan, ignore, asyncio.Event())
+    await served.stop()
+    assert run.state == "cut" and run.why is None
+    assert judge.num_met == 0 and 10 <= judge.num_judged < 1000
 
 
 def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

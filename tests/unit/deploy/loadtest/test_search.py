@@ -21,8 +21,7 @@ PLAN = SearchPlan(start_rate=4.0, max_requests=400, probe_s=10.0)
 
 def test_wilsons_interval() -> None:
     assert interval(0, 0) == (0.0, 1.0)
-    low, high = interval(90, 100)
-    assert (low, high) == (pytest.approx(0.8256, abs=1e-4), pytest.approx(0.9448, abs=1e-4))
+    assert list(interval(90, 100)) == pytest.approx([0.8256, 0.9448], abs=1e-4)
     assert interval(50, 50)[1] == 1.0 and interval(0, 50)[0] == pytest.approx(0.0)
 
 
@@ -52,16 +51,15 @@ def test_rates_double_until_one_is_missed_and_halve_until_one_is_met() -> None:
     assert next_step([], PLAN) == Measure(4.0, 50)
     assert next_step([Probe(4.0, 50, 50)], PLAN) == Measure(8.0, 80)
     assert next_step([Probe(4.0, 0, 50)], PLAN) == Measure(2.0, 50)
-    lowest = SearchPlan(start_rate=0.01)
-    assert next_step([Probe(0.01, 0, 50)], lowest) == Found(
-        0.0, 0.01, "missed at 0.01/s, the lowest rate that is tried"
+    assert next_step([Probe(0.04, 0, 50)], PLAN) == Found(
+        0.0, 0.04, "missed at 0.04/s, the lowest rate that is tried"
     )
     highest = next_step([Probe(1000.0, 400, 400)], PLAN)
     assert isinstance(highest, Found) and highest.rate == 1000.0 and highest.bound is None
 
 
 @pytest.mark.parametrize(
-    ("edge", "start"), [(0.05, 100.0), (500.0, 0.1), (7.0, 7.0), (7.0, 6.9), (31.6, 1.0)]
+    ("edge", "start"), [(1.5, 100.0), (500.0, 0.1), (7.0, 7.0), (7.0, 6.9), (31.6, 1.0)]
 )
 def test_it_finds_a_sharp_edge(edge: float, start: float) -> None:
     plan = SearchPlan(start_rate=start)
