@@ -1,4 +1,4 @@
-"""The document of a run: everything that was measured, as JSON. Pure; `words` says its fields."""
+"""The document of a run: everything that was measured, as JSON; `words` says its fields."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
