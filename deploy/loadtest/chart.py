@@ -14,6 +14,7 @@ from deploy.loadtest.series import Points
 _SIZE = 1000.0
 # The largest of the values, as a multiple of the smallest.
 _LOGARITHMIC_FROM = 6.0
+_NEAR_END = 0.96
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,7 @@ def spanning(values: Sequence[float], write: Callable[[float], str]) -> Axis:
     low, high = low / 1.08, high * 1.08
     if high / low >= _LOGARITHMIC_FROM:
         return Axis(low, high, tuple(decades(low, high)), write, is_log=True)
-    apart = step(high - low, 6)
+    apart = step(high - low, 8)
     first, last = math.ceil(low / apart), math.floor(high / apart)
     ticks = tuple(apart * index for index in range(first, last + 1))
     return Axis(low, high, ticks, write)
@@ -173,16 +174,15 @@ def _y_labels(chart: Chart) -> list[Html]:
 
 
 def _x_labels(chart: Chart) -> list[Html]:
-    """Return the labels, every second one marked: it gives way on a narrow page."""
-    return [
-        el(
-            "span",
-            chart.x.write(value),
-            style=f"left:{100 * chart.x.share(value):.2f}%",
-            class_="odd" if index % 2 else None,
-        )
-        for index, value in enumerate(chart.x.ticks)
-    ]
+    """Return the labels; every second one gives way on a narrow page, one at the end stays in."""
+    labels = []
+    for index, value in enumerate(chart.x.ticks):
+        share = chart.x.share(value)
+        classes = ["odd"] * (index % 2) + ["last"] * (share > _NEAR_END)
+        style = f"left:{100 * share:.2f}%"
+        text = chart.x.write(value)
+        labels.append(el("span", text, style=style, class_=" ".join(classes) or None))
+    return labels
 
 
 def _svg(chart: Chart) -> Html:

@@ -155,7 +155,7 @@ def _cdfs(runs: Sequence[Run], names: Sequence[str]) -> list[Html]:
         if any(courses):
             highest = max(points[-1][0] for points in courses if points)
             limits = {limit_near(run, name, highest)[0] for run in runs} - {None}
-            marks = [(limit, None) for limit in limits if limit is not None]
+            marks: series.Points = [(each, None) for each in limits if each is not None]
             x, y = cdf_axes([*courses, marks], figures.tick_seconds)
             rules = [Rule(limit, "objective", is_vertical=True) for limit, _ in marks]
             drawn.append(draw(Chart(title, x, y, _lines(names, courses), "%", rules=rules)))
@@ -188,7 +188,7 @@ def _time_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Html]:
         courses = [series.pool_sizes(run, column) for run in runs]
         if any(y is not None for points in courses for _, y in points):
             lines = _lines(names, courses, is_stepped=True)
-            charts.append(_over_time(runs, f"{pool} workers ready", lines))
+            charts.append(_over_time(runs, f"{pool} workers ready", lines, is_whole=True))
     for name, title in LATENCIES[:2]:
         for percent in (50, 99):
             courses = [series.percentiles(run, name, (percent,), length_s)[0] for run in runs]
@@ -197,11 +197,25 @@ def _time_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Html]:
     return [draw(chart) for chart in charts]
 
 
-def _over_time(runs: Sequence[Run], title: str, lines: Sequence[Line], unit: str = "") -> Chart:
+def _over_time(
+    runs: Sequence[Run],
+    title: str,
+    lines: Sequence[Line],
+    unit: str = "",
+    *,
+    is_whole: bool = False,
+) -> Chart:
     values = [y for line in lines for _, y in line.points if y is not None]
-    y = from_zero(values, figures.tick_seconds if unit == "s" else figures.tick)
-    x = time_axis(max(map(series.duration_s, runs)))
-    return Chart(title, x, y, lines, unit, bands=_common_bands(runs), is_over_time=True)
+    write = figures.tick_seconds if unit == "s" else figures.tick
+    return Chart(
+        title,
+        time_axis(max(map(series.duration_s, runs))),
+        from_zero(values, write, is_whole=is_whole),
+        lines,
+        unit,
+        bands=_common_bands(runs),
+        is_over_time=True,
+    )
 
 
 def _common_bands(runs: Sequence[Run]) -> list[Band]:

@@ -208,7 +208,6 @@ def _latency_chart(run: Run, name: str, title: str, length_s: float) -> Chart:
 def _phases(run: Run) -> Html | None:
     if not run["phases"]:
         return None
-    head = ("phase", "from", "requests", "offered", "goodput", "attainment", "TTFT p50", "p99")
     rows = []
     for phase in run["phases"]:
         summary = phase["summary"]
@@ -227,7 +226,10 @@ def _phases(run: Run) -> Html | None:
                 _failures(summary),
             )
         )
-    head = (*head, "TPOT p50", "p99", "output tokens", "lost, truncated, wrong")
+    head = (
+        *("phase", "from", "requests", "offered", "goodput", "attainment", "TTFT p50", "p99"),
+        *("TPOT p50", "p99", "output tokens", "lost, truncated, wrong"),
+    )
     return section("Phases", table(head, rows))
 
 
