@@ -12,6 +12,9 @@ from deploy.loadtest.markup import Html, el
 from deploy.loadtest.series import Points
 
 _SIZE = 1000.0
+# The largest of the values, as a multiple of the smallest.
+_LOGARITHMIC_FROM = 6.0
+_NEAR_END = 0.96
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,21 @@ def time_axis(duration_s: float) -> Axis:
     return Axis(0.0, duration_s, tuple(apart * index for index in range(count + 1)), clock)
 
 
-def logarithmic(values: Sequence[float], write: Callable[[float], str]) -> Axis:
-    """Return an axis over the positive values, at most five decades below the largest."""
+def spanning(values: Sequence[float], write: Callable[[float], str]) -> Axis:
+    """Return an axis over the positive values: logarithmic, unless they lie near each other.
+
+    It reaches at most five decades below the largest.
+    """
     high = max(values, default=1.0)
     high = high if high > 0 else 1e-6
     low = max(min((v for v in values if v > 0), default=high), high / 1e5)
-    low, high = low / 1.15, high * 1.15
-    return Axis(low, high, tuple(decades(low, high)), write, is_log=True)
+    low, high = low / 1.08, high * 1.08
+    if high / low >= _LOGARITHMIC_FROM:
+        return Axis(low, high, tuple(decades(low, high)), write, is_log=True)
+    apart = step(high - low, 8)
+    first, last = math.ceil(low / apart), math.floor(high / apart)
+    ticks = tuple(apart * index for index in range(first, last + 1))
+    return Axis(low, high, ticks, write)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +155,7 @@ def _legend(chart: Chart) -> Html:
         el("li", sample(line.style), line.name, " ", el("output"), data_style=line.style)
         for line in chart.lines
     ]
-    if chart.dots:
+    if chart.dots_name:
         keys.append(el("li", el("i", class_="dot"), chart.dots_name))
     return el("ul", keys, el("li", el("output", class_="at")), class_="legend")
 
@@ -163,16 +174,15 @@ def _y_labels(chart: Chart) -> list[Html]:
 
 
 def _x_labels(chart: Chart) -> list[Html]:
-    """Return the labels, every second one marked: it gives way on a narrow page."""
-    return [
-        el(
-            "span",
-            chart.x.write(value),
-            style=f"left:{100 * chart.x.share(value):.2f}%",
-            class_="odd" if index % 2 else None,
-        )
-        for index, value in enumerate(chart.x.ticks)
-    ]
+    """Return the labels; every second one gives way on a narrow page, one at the end stays in."""
+    labels = []
+    for index, value in enumerate(chart.x.ticks):
+        share = chart.x.share(value)
+        classes = ["odd"] * (index % 2) + ["last"] * (share > _NEAR_END)
+        style = f"left:{100 * share:.2f}%"
+        text = chart.x.write(value)
+        labels.append(el("span", text, style=style, class_=" ".join(classes) or None))
+    return labels
 
 
 def _svg(chart: Chart) -> Html:

@@ -1,10 +1,11 @@
 """The page that compares runs; the first one is what the others are measured by. Pure."""
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
 from deploy.loadtest import figures, series
-from deploy.loadtest.chart import Chart, Line, Rule, draw, from_zero, sample, time_axis
+from deploy.loadtest.chart import Band, Chart, Line, Rule, draw, from_zero, sample, time_axis
 from deploy.loadtest.markup import Html, el, join, table
 from deploy.loadtest.report_parts import (
     FIGURES,
@@ -13,6 +14,7 @@ from deploy.loadtest.report_parts import (
     Figure,
     Run,
     bands,
+    limit_near,
     section,
     settings,
     verdicts,
@@ -22,6 +24,8 @@ from deploy.loadtest.report_run import cdf_axes, faults_table
 _NUM_STYLES = 6
 # Nearer than this to 1 a ratio says nothing.
 _SAME = 0.01
+# From here on ratios are written without decimals.
+_COARSE_FROM = 10.0
 # Differ between any two runs.
 _ALWAYS_OTHER = {"Started", "Endpoint"}
 
@@ -96,15 +100,19 @@ def _warning(runs: Sequence[Run]) -> Html | None:
     return el("p", f"⚠ The runs differ in their {' and '.join(found)}.", class_="warning")
 
 
-def _value(figure: Figure, runs: Sequence[Run], index: int, path: tuple[str, ...] = ()) -> Html:
+def _value(figure: Figure, runs: Sequence[Run], index: int) -> Html:
     """Return a cell: the run's value and, but for the first run, its ratio and verdict."""
     value, first = (figure.of(run["summary"]) for run in (runs[index], runs[0]))
     written = figure.write(value)
-    if index == 0 or value is None or not first:
+    if index == 0 or value is None or first is None or value == first == 0:
         return el("td", written)
+    if first == 0:
+        sign, word = _verdict(math.inf, figure.better)
+        return el("td", written, " ", el("span", sign, class_=f"ratio {word}"))
     ratio = value / first
     sign, word = _verdict(ratio, figure.better)
-    return el("td", written, " ", el("span", f"{ratio:.2f}x {sign}", class_=f"ratio {word}"))
+    text = f"{ratio:.2f}" if ratio < _COARSE_FROM else f"{ratio:,.0f}"
+    return el("td", written, " ", el("span", f"{text}x {sign}", class_=f"ratio {word}"))
 
 
 def _verdict(ratio: float, better: int) -> tuple[str, str]:
@@ -145,9 +153,11 @@ def _cdfs(runs: Sequence[Run], names: Sequence[str]) -> list[Html]:
     for name, title in LATENCIES[:4]:
         courses = [series.cdf(series.latencies(run, name)) for run in runs]
         if any(courses):
-            x, y = cdf_axes(courses, figures.tick_seconds)
-            limits = {run["settings"].get(f"slo_{name}") for run in runs} - {None}
-            rules = [Rule(limit, "objective", is_vertical=True) for limit in sorted(limits)]
+            highest = max(points[-1][0] for points in courses if points)
+            limits = {limit_near(run, name, highest)[0] for run in runs} - {None}
+            marks: series.Points = [(each, None) for each in limits if each is not None]
+            x, y = cdf_axes([*courses, marks], figures.tick_seconds)
+            rules = [Rule(limit, "objective", is_vertical=True) for limit, _ in marks]
             drawn.append(draw(Chart(title, x, y, _lines(names, courses), "%", rules=rules)))
     return drawn
 
@@ -178,7 +188,7 @@ def _time_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Html]:
         courses = [series.pool_sizes(run, column) for run in runs]
         if any(y is not None for points in courses for _, y in points):
             lines = _lines(names, courses, is_stepped=True)
-            charts.append(_over_time(runs, f"{pool} workers ready", lines))
+            charts.append(_over_time(runs, f"{pool} workers ready", lines, is_whole=True))
     for name, title in LATENCIES[:2]:
         for percent in (50, 99):
             courses = [series.percentiles(run, name, (percent,), length_s)[0] for run in runs]
@@ -187,14 +197,28 @@ def _time_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Html]:
     return [draw(chart) for chart in charts]
 
 
-def _over_time(runs: Sequence[Run], title: str, lines: Sequence[Line], unit: str = "") -> Chart:
+def _over_time(
+    runs: Sequence[Run],
+    title: str,
+    lines: Sequence[Line],
+    unit: str = "",
+    *,
+    is_whole: bool = False,
+) -> Chart:
     values = [y for line in lines for _, y in line.points if y is not None]
-    y = from_zero(values, figures.tick_seconds if unit == "s" else figures.tick)
-    x = time_axis(max(map(series.duration_s, runs)))
-    return Chart(title, x, y, lines, unit, bands=_common_bands(runs), is_over_time=True)
+    write = figures.tick_seconds if unit == "s" else figures.tick
+    return Chart(
+        title,
+        time_axis(max(map(series.duration_s, runs))),
+        from_zero(values, write, is_whole=is_whole),
+        lines,
+        unit,
+        bands=_common_bands(runs),
+        is_over_time=True,
+    )
 
 
-def _common_bands(runs: Sequence[Run]) -> list:  # type: ignore[type-arg]
+def _common_bands(runs: Sequence[Run]) -> list[Band]:
     """Return the phases if all runs have the same, else none."""
     names = {tuple(phase["name"] for phase in run["phases"]) for run in runs}
     return bands(runs[0]) if len(names) == 1 else []

@@ -17,6 +17,8 @@ LATENCIES = (
     ("e2e_s", "End to end"),
     ("normalised_s", "End to end per token"),
 )
+# An objective so many times above all values is not drawn.
+_FAR = 4.0
 SPREAD = ("mean", "p50", "p90", "p95", "p99", "max")
 
 
@@ -67,7 +69,7 @@ def objectives(run: Run) -> str:
     """Return the objectives in words."""
     limits = (("TTFT", "slo_ttft_s"), ("TPOT", "slo_tpot_s"))
     given = [
-        f"{name} up to {figures.seconds(run['settings'][key])}"
+        f"{name} up to {figures.tick_seconds(run['settings'][key])}"
         for name, key in limits
         if run["settings"][key] is not None
     ]
@@ -101,6 +103,17 @@ def settings(run: Run) -> list[tuple[str, str]]:
     ]
 
 
+def limit_near(run: Run, name: str, highest: float) -> tuple[float | None, str]:
+    """Return the objective for a latency, if it is worth drawing, and else a note on it.
+
+    One that lies far above all values would press these together.
+    """
+    limit: float | None = run["settings"].get(f"slo_{name}")
+    if limit is None or limit <= _FAR * highest:
+        return limit, ""
+    return None, f"The objective of {figures.tick_seconds(limit)} lies far above."
+
+
 def bands(run: Run) -> list[Band]:
     return [Band(phase["begin_s"], phase["end_s"], phase["name"]) for phase in run["phases"]]
 
@@ -115,7 +128,9 @@ def verdicts(run: Run) -> list[Html]:
     """Return the run's state, its faults and its client's punctuality."""
     num_faults = len(run["faults"])
     timing = run["scheduling"]
-    late = f"p99 {figures.seconds(timing['p99_s'])}, limit {figures.seconds(timing['limit_s'])}"
+    late = (
+        f"p99 {figures.seconds(timing['p99_s'])}, limit {figures.tick_seconds(timing['limit_s'])}"
+    )
     kept_up = "client kept up" if timing["kept_up"] else "client did NOT keep up"
     return [
         badge(run["state"] == "complete", f"run {run['state']}"),

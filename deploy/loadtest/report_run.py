@@ -11,7 +11,7 @@ from deploy.loadtest.chart import (
     Rule,
     draw,
     from_zero,
-    logarithmic,
+    spanning,
     time_axis,
 )
 from deploy.loadtest.markup import Html, el, join, table
@@ -21,6 +21,7 @@ from deploy.loadtest.report_parts import (
     SPREAD,
     Run,
     bands,
+    limit_near,
     objectives,
     section,
     settings,
@@ -32,8 +33,6 @@ _NUM_SLOWEST = 10
 _PERCENTS = (50, 90, 99)
 _STYLE_OF_PERCENT = {50: 1, 90: 3, 99: 2}
 _GOAL = 0.9
-# An objective so many times above all values is not drawn.
-_FAR = 4.0
 
 
 def one_run(run: Run) -> Html:
@@ -69,7 +68,11 @@ def _tiles(run: Run) -> list[Html]:
     slo = summary["slo"]
     ttft, tpot = summary["ttft_s"] or {}, summary["tpot_s"] or {}
     shown = (
-        ("Goodput", figures.rate(slo["goodput"]), f"of {figures.rate(summary['offered_rate'])}"),
+        (
+            "Goodput",
+            figures.rate(slo["goodput"]),
+            f"of {figures.rate(summary['offered_rate'])} offered",
+        ),
         ("SLO attainment", figures.percent(slo["attainment"]), objectives(run)),
         ("TTFT p99", figures.seconds(ttft.get("p99")), f"p50 {figures.seconds(ttft.get('p50'))}"),
         ("TPOT p99", figures.seconds(tpot.get("p99")), f"p50 {figures.seconds(tpot.get('p50'))}"),
@@ -91,7 +94,7 @@ def _tiles(run: Run) -> list[Html]:
 
 
 def _time_note(run: Run) -> str:
-    width = figures.seconds(series.Grid.over(series.duration_s(run)).width_s)
+    width = figures.tick_seconds(series.Grid.over(series.duration_s(run)).width_s)
     return (
         f"All on one axis, in bins of {width}; move over a plot, or focus it and use the arrow "
         "keys, to read every plot at that time."
@@ -185,11 +188,8 @@ def _latency_chart(run: Run, name: str, title: str, length_s: float) -> Chart:
         Line(f"p{percent}", points, _STYLE_OF_PERCENT[percent])
         for percent, points in zip(_PERCENTS, courses, strict=True)
     ]
-    limit, note = run["settings"][f"slo_{name}"], ""
     highest = max((y for line in lines for _, y in line.points if y is not None), default=0.0)
-    if limit is not None and limit > _FAR * highest > 0:
-        # It would press everything else against the axis.
-        note, limit = f"The objective of {figures.seconds(limit)} lies far above.", None
+    limit, note = limit_near(run, name, highest)
     shown = highest if limit is None else max(highest, limit)
     found, stride = series.dots(run, name)
     return over_time(
@@ -199,7 +199,7 @@ def _latency_chart(run: Run, name: str, title: str, length_s: float) -> Chart:
         "s",
         note,
         y=from_zero([shown * 1.02], figures.tick_seconds),
-        rules=[] if limit is None else [Rule(limit, f"objective {figures.seconds(limit)}")],
+        rules=[] if limit is None else [Rule(limit, f"objective {figures.tick_seconds(limit)}")],
         dots=found,
         dots_name="each request" if stride == 1 else f"every {stride}th request",
     )
@@ -208,7 +208,6 @@ def _latency_chart(run: Run, name: str, title: str, length_s: float) -> Chart:
 def _phases(run: Run) -> Html | None:
     if not run["phases"]:
         return None
-    head = ("phase", "from", "requests", "offered", "goodput", "attainment", "TTFT p50", "p99")
     rows = []
     for phase in run["phases"]:
         summary = phase["summary"]
@@ -227,7 +226,10 @@ def _phases(run: Run) -> Html | None:
                 _failures(summary),
             )
         )
-    head = (*head, "TPOT p50", "p99", "output tokens", "lost, truncated, wrong")
+    head = (
+        *("phase", "from", "requests", "offered", "goodput", "attainment", "TTFT p50", "p99"),
+        *("TPOT p50", "p99", "output tokens", "lost, truncated, wrong"),
+    )
     return section("Phases", table(head, rows))
 
 
@@ -247,7 +249,7 @@ def cdf_axes(courses: Iterable[series.Points], write: Any) -> tuple[Axis, Axis]:
     """Return the axes of distributions: values logarithmic, shares from 0 to 1."""
     values = [x for points in courses for x, _ in points]
     shares = Axis(0.0, 1.0, (0.0, 0.25, 0.5, 0.75, 0.9, 1.0), figures.tick_percent)
-    return logarithmic(values, write), shares
+    return spanning(values, write), shares
 
 
 def _cdfs(run: Run) -> list[Html]:
@@ -255,10 +257,10 @@ def _cdfs(run: Run) -> list[Html]:
     for name, title in LATENCIES[:4]:
         points = series.cdf(series.latencies(run, name))
         if points:
-            limit = run["settings"].get(f"slo_{name}")
-            x, y = cdf_axes([points], figures.tick_seconds)
-            rules = [] if limit is None else [Rule(limit, "objective", is_vertical=True)]
-            chart = Chart(title, x, y, [Line("requests", points, 1)], "%", rules=rules)
+            limit, note = limit_near(run, name, points[-1][0])
+            marks = [] if limit is None else [Rule(limit, "objective", is_vertical=True)]
+            x, y = cdf_axes([points, [(mark.value, None) for mark in marks]], figures.tick_seconds)
+            chart = Chart(title, x, y, [Line("requests", points, 1)], "%", note, rules=marks)
             drawn.append(draw(chart))
     drawn += (_scheduling_chart(run), _length_chart(run))
     return drawn
@@ -342,7 +344,9 @@ def _goodput(run: Run) -> Html | None:
     y = Axis(0.0, 1.0, (0.0, 0.25, 0.5, 0.75, _GOAL, 1.0), figures.tick_percent)
     rules = [Rule(_GOAL, "90 % of requests")]
     title = "Attainment against requests per second"
-    chart = Chart(title, x, y, [Line("probes", points, 1)], "%", rules=rules, x_unit="/s")
+    chart = Chart(
+        title, x, y, [Line("probes", points, 1)], "%", rules=rules, dots=points, x_unit="/s"
+    )
     rows = [
         (
             str(number),

@@ -49,7 +49,8 @@ class Grid:
 def duration_s(run: Mapping[str, Any]) -> float:
     """Return when the last thing of the run happened."""
     ends = [request["end_s"] or request["scheduled_s"] for request in run["requests"]]
-    return max([run["summary"]["duration_s"], *ends, 1e-3])
+    whole_s: float = run["summary"]["duration_s"]
+    return max([whole_s, *ends, 1e-3])
 
 
 def is_completed(request: Request) -> bool:
