@@ -69,7 +69,7 @@ def _add_endpoint(command: argparse.ArgumentParser) -> None:
 def _add_workload(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("workload")
     group.add_argument(
-        "--workload", default="azure", metavar="SPEC", help="see docs/loadtest.md (default: azure)"
+        "--workload", default="azure", metavar="SPEC", help="KIND[:key=value,...]; 'help' lists them (default: azure)"
     )
     for flag, about in (
         ("--time-scale", "arrivals come this many times as fast"),
@@ -149,7 +149,11 @@ def run_loadtest(_config: object, parsed: argparse.Namespace) -> int:
     from deploy.loadtest import conduct
     from deploy.loadtest.goodput import find
     from deploy.loadtest.search import SearchPlan
+    from deploy.loadtest.workload import usage
 
+    if parsed.workload == "help":
+        _say(usage())
+        return 0
     for path in (parsed.output, parsed.html, parsed.record):
         if path is not None:
             conduct.require_writable(path)
