@@ -4,6 +4,8 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,9 +20,10 @@ from deploy.cli import main
 from deploy.loadtest.client import Client
 from deploy.loadtest.endpoint import Endpoint, discover
 from deploy.loadtest.goodput import Judge
+from deploy.loadtest.live import line_of
 from deploy.loadtest.pace import Job, prepare
 from deploy.loadtest.prompts import read_text
-from deploy.loadtest.run import LoadPlan, load
+from deploy.loadtest.run import Glance, LoadPlan, load
 from deploy.loadtest.search import SearchPlan
 from deploy.loadtest.source import Fault, Source, SourcePlan
 from deploy.loadtest.words import Outcome, Send, Slo
@@ -341,6 +344,20 @@ async def test_a_rate_that_cannot_be_met_any_more_is_cut_short() -> None:
     await served.stop()
     assert run.state == "cut" and run.why is None
     assert judge.num_met == 0 and 10 <= judge.num_judged < 1000
+
+
+def test_a_terminal_shows_the_run_live() -> None:
+    glance = Glance(2.0, 9.0, 40, 12, 10, 1, 2, 55.0, 5.0, 0.05, 0.07, 0.01, None, 1e-4, 1, 2)
+    lines = json.dumps(glance.as_document()) + "\n"
+    command = [sys.executable, "-m", "deploy.loadtest.live", "the title"]
+    done = subprocess.run(command, input=lines, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    for shown in ("the title", "10 of 40", "50 ms", "1P2D", "the client's own delay"):
+        assert shown in done.stdout
+    assert line_of(glance.as_document()) == (
+        "       2 s  10/40 done, 2 under way, 1 failed, 55 tokens/s, "
+        "TTFT p50 50 ms p90 70 ms, TPOT p50 10 ms, 1P2D"
+    )
 
 
 def test_runs_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
