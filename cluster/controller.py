@@ -25,7 +25,8 @@ from cluster.members import Launcher
 from cluster.names import Role, RouterId
 from cluster.overview import scales, state_document
 from cluster.placer import Orders, Placer
-from cluster.pools import Pools, PoolScaler
+from cluster.pool_scaler import PoolScaler
+from cluster.pools import Pools
 from cluster.reconfigure import InForce, judge
 from cluster.service import Counts, service_of
 from cluster.snapshot import WorkerEntry

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 
 from autoscaler.calibration import (
     Choice,
@@ -25,7 +24,6 @@ from autoscaler.ratio import Sizes
 from cluster.config import TandemConfig
 from cluster.errors import ConfigError, TandemError
 from deploy.calibration_plot import draw
-from deploy.client import context_of, model_of
 from deploy.config_edit import read_document, write_settings
 from deploy.controller_link import (
     ControllerLink,
@@ -37,9 +35,10 @@ from deploy.controller_link import (
     running_deployment,
     wait_for_sizes,
 )
+from deploy.loadtest.endpoint import discover
+from deploy.loadtest.prompts import FileTokenizer, PromptSource, read_text
 from deploy.pressure import Pressure, press
 from deploy.status import table
-from deploy.trace import FileTokenizer, PromptSource, read_text
 
 # One process cannot follow more streams than this without becoming the bottleneck itself.
 _MOST_CLIENTS = 512
@@ -84,7 +83,7 @@ def run(config: TandemConfig, plan: CalibrationPlan, say: Callable[[str], None] 
     state = running_deployment(config.cluster.name)
     _require_matching_signal(plan.config_out)
     pressure = _pressure(config, plan, state.url)
-    source = PromptSource(FileTokenizer(config.model.path), read_text(), Random(0))
+    source = PromptSource(FileTokenizer(config.model.path), read_text(), seed=0)
     sweep = Sweep()
 
     def measure(sizes: Sizes, clients: int) -> Measurement:
@@ -102,12 +101,13 @@ def run(config: TandemConfig, plan: CalibrationPlan, say: Callable[[str], None] 
 
 
 def _pressure(config: TandemConfig, plan: CalibrationPlan, url: str) -> Pressure:
-    needed, context = plan.input_tokens + plan.output_tokens, context_of(url)
-    if needed > context:
+    endpoint = discover(url)
+    needed, context = plan.input_tokens + plan.output_tokens, endpoint.context_tokens
+    if context is not None and needed > context:
         raise ConfigError(f"prompt and output of {needed} tokens exceed the context of {context}")
     quantile = config.autoscaler.latency_quantile
     lengths = (plan.input_tokens, plan.output_tokens)
-    return Pressure(url, model_of(url), *lengths, plan.duration_s, quantile)
+    return Pressure(endpoint, *lengths, plan.duration_s, quantile)
 
 
 def _require_matching_signal(path: Path) -> None:

@@ -1,16 +1,14 @@
 """The published day of load on 24 simulated workers and four Ray nodes, compressed in time.
 
-The curve is `deploy/loadtest/data/heteroscale_day.csv`; windows, periods and cooldowns are
+The curve is `deploy/loadtest/data/heteroscale_24h.csv`; windows, periods and cooldowns are
 divided by the same factor as the day. Workers are simulated, everything else is not: Ray,
 placement groups, sockets, hand-offs, the router and the control loop.
 """
 
 import asyncio
-import csv
 import threading
 import time
-from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +19,12 @@ import psutil
 from autoscaler.decision_log import Record
 from autoscaler.recording import Recording
 from cluster.topology import LOGICAL_CLUSTER_LABEL, S1_LABEL, S2_LABEL
+from deploy.loadtest.arrivals import read_curve
 from tests.day_verdict import Verdict, judge
 from tests.on_cluster import ray_cluster, tandem_on
 from tests.paced_load import LoadReport, paced_load
 from tests.served import Served
 
-CURVE = Path("deploy/loadtest/data/heteroscale_day.csv")
 NODES, MOST_WORKERS = 4, 24
 TARGET_TPS, PEAK_TPS = 16.0, 0.95 * 16.0 * MOST_WORKERS / 2
 PROMPT_TOKENS, OUTPUT_TOKENS = 64, 16
@@ -67,29 +65,15 @@ def flags(cut: Cut, decision_file: Path) -> dict[str, object]:
     }
 
 
-def curve() -> Callable[[float], float]:
-    """Return the share of the peak at a second of the day, between the points measured."""
-    with CURVE.open() as file:
-        points = [(3600 * float(r["hour"]), float(r["decode_tps"])) for r in csv.DictReader(file)]
-    times = [at for at, _ in points]
-
-    def share(second: float) -> float:
-        index = min(max(bisect_right(times, second), 1), len(points) - 1)
-        (t0, v0), (t1, v1) = points[index - 1], points[index]
-        return v0 + (v1 - v0) * (second - t0) / (t1 - t0)
-
-    return share
-
-
 class Load:
     """The load of a cut, sent from a thread of its own."""
 
     def __init__(self, served: Served, cut: Cut) -> None:
-        share, began = curve(), time.monotonic()
+        curve, began = read_curve("dialogue_decode"), time.monotonic()
 
         def rate(elapsed_s: float) -> float:
-            second = 3600 * cut.begin_h + elapsed_s * cut.speedup
-            return max(0.2, share(second) * PEAK_TPS / OUTPUT_TOKENS)
+            hour = cut.begin_h + elapsed_s * cut.speedup / 3600
+            return max(0.2, curve.at(hour) * PEAK_TPS / OUTPUT_TOKENS)
 
         def run() -> None:
             self.report: LoadReport = asyncio.run(

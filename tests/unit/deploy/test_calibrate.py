@@ -16,8 +16,8 @@ from cluster.errors import ConfigError
 from deploy.calibrate import CalibrationPlan, Sweep, _conclude, _require_matching_signal, _sweep
 from deploy.calibration_plot import draw
 from deploy.config_edit import with_settings, write_settings
+from deploy.loadtest.words import Outcome, RequestRecord, Send
 from deploy.pressure import measured
-from deploy.report import Replayed
 
 OBJECTIVES = Objectives(ttft_s=1.0, tbt_s=0.1)
 WINDOW = (10.0, 20.0)
@@ -26,12 +26,16 @@ SETTINGS = {"ratio": "1:2", "target_per_worker": 83.2}
 
 def request(
     sent_at: float, *answers: tuple[float, int], is_over: bool = True, error: str | None = None
-) -> Replayed:
-    times, counts = [at for at, _ in answers], [count for _, count in answers]
-    return Replayed(8, 4, sent_at, times, counts, is_over=is_over, error=error)
+) -> RequestRecord:
+    record = RequestRecord(0, Send(sent_at, (1,) * 8, 4), sent_at, error=error)
+    record.token_s, record.token_counts = [at for at, _ in answers], [n for _, n in answers]
+    record.end_s = 0.0 if is_over else None
+    if is_over:
+        record.outcome = Outcome.COMPLETED if error is None else Outcome.LOST
+    return record
 
 
-def measure(*requests: Replayed, quantile: float = 0.99) -> Measurement:
+def measure(*requests: RequestRecord, quantile: float = 0.99) -> Measurement:
     return measured(Sizes(1, 1), len(requests), requests, WINDOW, OBJECTIVES, quantile)
 
 
