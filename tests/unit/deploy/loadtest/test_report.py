@@ -87,7 +87,7 @@ def test_a_run_that_got_nowhere_still_has_a_page() -> None:
         run["summary"][name] = None
     assert Outline(page([run])).has("run broken")
     empty = run_document(requests=[], pools=[], summary=run["summary"])
-    assert Outline(page([empty, run]))
+    assert Outline(page([empty, run])).has("run complete")
 
 
 def test_a_search_for_goodput_is_shown() -> None:
