@@ -19,7 +19,7 @@ PIP_INSTALL := $(PY) -m pip install --quiet --no-deps --disable-pip-version-chec
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 # Debian packages the tests need.
-APT_PACKAGES :=
+APT_PACKAGES := chromium prometheus
 
 # Flags of `make serve` and `make demo`; an empty one leaves tandem's default.
 PREFILL ?=
@@ -119,7 +119,7 @@ fmt: $(DEV_STAMP) ## format and apply safe lint fixes
 
 .PHONY: unit
 unit: $(DEV_STAMP) ## the unit tier: no Ray, no sockets, under 10 s
-	$(PYTEST) tests/unit --durations=3 $(ARGS)
+	$(PYTEST) tests/unit -n 2 --durations=3 $(ARGS)
 
 .PHONY: test
 test: system-deps lint unit ## lint, then every test that needs no GPU (at most 30 minutes)
@@ -127,7 +127,7 @@ test: system-deps lint unit ## lint, then every test that needs no GPU (at most 
 
 .PHONY: test-full
 test-full: system-deps lint ## the same with the long tests, properties tried 500 times each
-	$(PYTEST) tests/unit --hypothesis-profile=full $(ARGS)
+	$(PYTEST) tests/unit -n 2 --hypothesis-profile=full $(ARGS)
 	$(PYTEST) $(TIERS) $(ARGS)
 
 .PHONY: bench
