@@ -1,4 +1,4 @@
-"""When requests come: endless processes, each a generator of seconds after its start. Pure.
+"""When requests come: endless processes, each a generator of seconds after its start.
 
 Renewal processes are stationary: the first gap is what is left of one that began earlier, so the
 expected number of arrivals is the rate times the time from the first second on, whatever the CV.

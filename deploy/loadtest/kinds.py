@@ -1,4 +1,4 @@
-"""The workloads there are: each a dataclass of its keys that can plan its requests. Pure."""
+"""The workloads there are: each a dataclass of its keys that can plan its requests."""
 
 import itertools
 from collections.abc import Callable, Iterator

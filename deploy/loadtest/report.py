@@ -1,4 +1,4 @@
-"""The report of a load test as one HTML file that needs nothing else: no server, no network. Pure.
+"""The report of a load test as one HTML file that needs nothing else: no server, no network.
 
 One run is shown in full; several are compared, the first one being the measure of the others.
 """

@@ -48,7 +48,7 @@ class Grid:
 
 def duration_s(run: Mapping[str, Any]) -> float:
     """Return when the last thing of the run happened."""
-    ends = [request["end_s"] or request["scheduled_s"] for request in run["requests"]]
+    ends: list[float] = [request["end_s"] or request["scheduled_s"] for request in run["requests"]]
     whole_s: float = run["summary"]["duration_s"]
     return max([whole_s, *ends, 1e-3])
 

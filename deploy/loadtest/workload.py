@@ -1,4 +1,4 @@
-"""From the text that names a workload to the requests to send. Pure."""
+"""From the text that names a workload to the requests to send."""
 
 from collections.abc import Sequence
 from dataclasses import replace
