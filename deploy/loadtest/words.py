@@ -27,7 +27,7 @@ pools        [[t_s, prefill workers, decode workers], ...], one a second, empty 
 faults       ["request 17, at 3.2 s: HTTP 503: ...", ...], what makes the exit status 1
 requests     one object per send, see below
 probes       only with --find-goodput: [{"rate", "attainment", "met", "requests", "low", "high",
-             "verdict": "met" | "missed", "summary"}], in the order measured; then "goodput":
+             "verdict": "met" | "missed" | "open", "is_cut", "summary"}], as measured; "goodput":
              {"rate", "bound", "why"} stands beside it and `requests` are the best met probe's
 
 A summary (`measures.summarise`): {"requests", "completed", "lost", "truncated", "wrong",
