@@ -12,7 +12,8 @@ import yaml
 
 MONITORING = Path(__file__).resolve().parent.parent / "deploy" / "monitoring"
 DASHBOARDS = MONITORING / "grafana" / "dashboards"
-RULES = MONITORING / "prometheus" / "rules"
+PROMETHEUS = MONITORING / "prometheus"
+RULES = PROMETHEUS / "rules"
 
 _STRING = re.compile(r'"(?:\\.|[^"\\])*"')
 _GROUPING = re.compile(r"\b(?:by|on|without|ignoring|group_left|group_right)\s*\(([^)]*)\)")
@@ -20,9 +21,8 @@ _WINDOW = re.compile(r"\[[^\]]*\]")
 _SELECTOR = re.compile(r"([a-zA-Z_:][\w:]*)\s*(?:\{([^}]*)\})?")
 _MATCHER = re.compile(r"(\w+)\s*(?:=~|!~|!=|=)")
 # Words of PromQL that the queries use; any other word must be a metric.
-_WORDS = frozenset(
-    "abs and clamp_min changes count histogram_quantile increase max min or rate sum unless".split()
-)
+_FUNCTIONS = {"abs", "changes", "clamp_min", "histogram_quantile", "increase", "rate"}
+_WORDS = _FUNCTIONS | {"and", "count", "max", "min", "sum", "unless"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,6 @@ here a key that it does not know, and a value that is not of the type it declare
 """
 
 import enum
-import functools
 import json
 import types
 import typing
@@ -43,13 +42,8 @@ def _lost(given: Any, written: Any, path: str) -> Iterator[str]:
         yield f"{path}: {given!r} became {written!r}"
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
-
-
 def _mistyped(built: object, path: str) -> Iterator[str]:
-    for name, hint in _hints(type(built)).items():
+    for name, hint in typing.get_type_hints(type(built)).items():
         value = getattr(built, name)
         if not _fits(value, hint):
             yield f"{path}.{name}: {value!r} is no {hint}"
