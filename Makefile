@@ -80,7 +80,8 @@ system-deps: ## install the Debian packages that tests need (as root; else print
 			|| missing="$$missing $$p"; done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then \
-		apt-get update && DEBIAN_FRONTEND=noninteractive \
+		apt-get update; \
+		DEBIAN_FRONTEND=noninteractive \
 			apt-get install -y --no-install-recommends $$missing; \
 		case "$$missing" in *prometheus*) \
 			systemctl disable --now prometheus 2>/dev/null || true;; esac; \
