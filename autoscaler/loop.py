@@ -11,7 +11,7 @@ from autoscaler.decision import Action, Decision, Pin, PolicyState
 from autoscaler.decision_log import DecisionLog, Record
 from autoscaler.policy import decide
 from autoscaler.ratio import Sizes
-from autoscaler.signals import Signals, Snapshot
+from autoscaler.signals import Signals, Snapshot, known_signals
 from cluster.config import TandemConfig
 from cluster.names import Role
 from cluster.pools import Pools
@@ -76,6 +76,10 @@ class Autoscaler:
     def snapshot(self) -> Snapshot:
         """Return what the next decision would rest on."""
         return self._signals.read(self._pools.now())
+
+    def signals(self) -> Mapping[str, float]:
+        """Return what is measured now, by name; what is not known is left out."""
+        return known_signals(self.snapshot())
 
     def decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
         """Return up to `limit` records that follow number `after`, oldest first, JSON-able."""

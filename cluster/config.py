@@ -168,6 +168,19 @@ class ClusterSection(Section):
     )
 
 
+class TracingSection(Section):
+    """Traces of requests, by OpenTelemetry."""
+
+    endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="OTLP/HTTP collector, as http://host:4318/v1/traces; default: no traces",
+    )
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share traced of the requests that bring no trace of their own"
+    )
+
+
 class TandemConfig(Section):
     """The whole tree."""
 
@@ -180,6 +193,7 @@ class TandemConfig(Section):
     simulated: SimulatedSection = SimulatedSection()
     placement: PlacementSection = PlacementSection()
     autoscaler: AutoscalerSection = AutoscalerSection()
+    tracing: TracingSection = TracingSection()
 
     def pool(self, role: Role) -> PoolSection:
         return self.prefill if role is Role.PREFILL else self.decode

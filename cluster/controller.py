@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from cluster import reconcile
 from cluster.config import TandemConfig
+from cluster.controller_metrics import ControllerMetrics
 from cluster.controller_store import ControllerStore
 from cluster.errors import Unavailable
 from cluster.load import ClusterLoad, RouterLoad
@@ -25,6 +26,7 @@ from cluster.placer import Orders, Placer
 from cluster.pools import Pools
 from cluster.service import Counts
 from cluster.snapshot import WorkerEntry
+from cluster.targets import Address, target_list
 from cluster.worker_spec import Parts, load
 from cluster.worker_state import (
     Desired,
@@ -44,6 +46,8 @@ YIELD_S = 60.0
 MAX_EVENTS = 200
 # A router that has not reported for this long is gone, and its latencies with it.
 _ROUTER_KEPT_S = 60.0
+# Routers report twice a second.
+ROUTER_TARGET_KEPT_S = 10.0
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +66,10 @@ class PoolScaler(Protocol):
         ...
 
     def decisions(self, after: int, limit: int) -> list[dict[str, Any]]: ...
+
+    def signals(self) -> Mapping[str, float]:
+        """Return what is measured now, by name; what is not known is left out."""
+        ...
 
     @property
     def revision(self) -> Hashable: ...
@@ -101,6 +109,8 @@ class Controller:
         self._sizes = {Role.PREFILL: config.prefill.workers, Role.DECODE: config.decode.workers}
         self._scaler: PoolScaler | None = None
         self._routers: dict[RouterId, RouterLoad] = {}
+        self._router_targets: dict[RouterId, Address] = {}
+        self._metrics = ControllerMetrics(config)
         self._listed: list[WorkerEntry] = []
         self._version = 1
         self._has_changed = asyncio.Event()
@@ -133,9 +143,19 @@ class Controller:
                     await self._has_changed.wait()
         return self._version
 
-    def record(self, load: RouterLoad) -> None:
-        """Take in what a router has seen so far."""
+    def record(self, load: RouterLoad, target: Address | None = None) -> None:
+        """Take in what a router has seen so far, and where its metrics are."""
         self._routers[load.router_id] = load
+        if target is not None:
+            self._router_targets[load.router_id] = target
+
+    def targets(self, own: Address) -> list[dict[str, Any]]:
+        """Return every process to scrape, as Prometheus's HTTP service discovery has it; `own`
+        is where the controller's metrics are."""
+        now, name = self.now(), self._config.cluster.name
+        fresh = {k: t for k, t in self._router_targets.items() if now - t.at < ROUTER_TARGET_KEPT_S}
+        self._router_targets = fresh
+        return target_list(name, own, fresh.values(), self._workforce.exporters())
 
     def scale(self, sizes: Mapping[Role, int] | None) -> None:
         """Order sizes by hand, None to leave them to the load again."""
@@ -222,6 +242,7 @@ class Controller:
                     break
                 await self._act()
                 self._announce()
+                self._show()
                 await self._pause()
         finally:
             scaling.cancel()
@@ -237,6 +258,12 @@ class Controller:
             self._version += 1
             self._has_changed.set()
             self._has_changed = asyncio.Event()
+
+    def _show(self) -> None:
+        """Export where things stand, at every turn of the loop."""
+        assert self._scaler is not None
+        self._metrics.show(self._workforce.observe(), self._sizes, self._scaler, self.now())
+        self._metrics.show_surroundings(self._epoch, len(self._routers), len(self._unplaced))
 
     async def _pause(self) -> None:
         try:

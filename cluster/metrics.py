@@ -5,7 +5,6 @@ Names are as they are scraped. A declaration belongs to the components whose pro
 metric has one of those (`TARGET_LABELS`). `python -m deploy.metric_table` writes docs/metrics.md.
 """
 
-import enum
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,19 +22,11 @@ from prometheus_client.metrics_core import (
 )
 from prometheus_client.registry import Collector
 
+from cluster.names import Component
 from cluster.stages import BUCKETS_S, TimeCounts
 
 # A second series per counter and histogram that nobody asks for.
-disable_created_metrics()
-
-
-class Component(enum.StrEnum):
-    """What a process is, and so what it exports beside what every process does."""
-
-    ROUTER = "router"
-    WORKER = "worker"
-    CONTROLLER = "controller"
-    EVERY = "every"
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 TARGET_LABELS = frozenset({"deployment", "component", "worker_id", "role", "node"})
@@ -271,16 +262,16 @@ OPEN_REQUESTS = _worker.gauge(
 ENGINE_REQUESTS = _worker.gauge(
     "tandem_engine_requests", "requests", "Requests in the engine: running or waiting", "state"
 )
-GENERATED_TOKENS = _worker.counted_elsewhere(
+ENGINE_TOKENS = _worker.counter(
     "tandem_engine_tokens_total",
     "tokens",
     "Tokens the engine computed: generated (as a decode worker) or prompt (as a prefill worker)",
     "kind",
 )
-BUSY_SECONDS = _worker.counted_elsewhere(
-    "tandem_busy_seconds_total", "seconds", "Time with at least one request open", "state"
+BUSY_SECONDS = _worker.counter(
+    "tandem_busy_seconds_total", "seconds", "Time with at least one request open"
 )
-CANCELLATIONS = _worker.counter(
+CANCELLATIONS = _worker.counted_elsewhere(
     "tandem_cancellations_total",
     "requests",
     "Requests cut short at the engine, by where they were: prefill, held (its KV cache waited"

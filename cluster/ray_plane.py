@@ -21,12 +21,14 @@ from cluster.config import TandemConfig
 from cluster.controller import Controller
 from cluster.controller_store import ControllerStore
 from cluster.errors import Fenced
+from cluster.exporter import Exporter
 from cluster.load import RouterLoad
-from cluster.names import Role, WorkerId
+from cluster.names import Component, Role, WorkerId
 from cluster.placer import SharedPlacer, bundle_of, worker_name
 from cluster.ray_store import RayStore
 from cluster.service import Counts, RoleNeed, pool_need, service_of
 from cluster.snapshot import WorkerEntry
+from cluster.targets import Address
 from cluster.topology import Node, gpu_type_label, nodes_from_ray
 from cluster.worker_actor import WorkerActor
 from cluster.worker_spec import Parts, Seat, WorkerSpec
@@ -183,6 +185,7 @@ class ControllerActor:
         placer = SharedPlacer(service, values, RayInventory())
         self._controller = Controller(config, parts, launcher, store, bind_host, placer)
         self._loop: asyncio.Task[None] | None = None
+        self._exporter = Exporter(Component.CONTROLLER, bind_host or ray.util.get_node_ip_address())
 
     async def run(self) -> None:
         """Start the loop unless it runs; a constructor has no event loop to start it in.
@@ -209,14 +212,18 @@ class ControllerActor:
             await asyncio.sleep(RESTART_PAUSE_S)
             os._exit(1)
 
-    async def follow(self, load: dict[str, Any], known_version: int) -> dict[str, Any]:
-        """Take in a router's load; return the workers it may use and whether all is well.
+    async def follow(
+        self, load: dict[str, Any], known_version: int, exporter: str = "", node: str = ""
+    ) -> dict[str, Any]:
+        """Take in a router's load and where its metrics are; return the workers it may use and
+        whether all is well.
 
         Answers at once if the list is another one than that of `known_version`, else when it
         changes, and in any case after half a second.
         """
         await self.run()
-        self._controller.record(RouterLoad.from_document(load))
+        target = Address(exporter, node, self._controller.now()) if exporter else None
+        self._controller.record(RouterLoad.from_document(load), target)
         version = await self._controller.wait_for_change(known_version, FOLLOW_S)
         workers = [entry.as_document() for entry in self._controller.workers()]
         return {"version": version, "workers": workers, "health": self._controller.health()}
@@ -228,6 +235,13 @@ class ControllerActor:
     async def decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
         await self.run()
         return self._controller.decisions(after, limit)
+
+    async def targets(self) -> list[dict[str, Any]]:
+        """Return every process of the deployment that can be scraped, this one included."""
+        await self.run()
+        node = str(ray.get_runtime_context().get_node_id())
+        now = self._controller.now()
+        return self._controller.targets(Address(self._exporter.address, node, now))
 
     async def scale(self, prefill: int, decode: int) -> None:
         """Hold both pools at these sizes, whatever the load."""
@@ -255,6 +269,7 @@ class ControllerActor:
         await self._controller.drain_and_stop()
         if self._loop is not None:
             await asyncio.gather(self._loop, return_exceptions=True)
+        await asyncio.to_thread(self._exporter.close)
 
 
 def _app_exists(name: str) -> bool:

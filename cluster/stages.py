@@ -25,14 +25,16 @@ class TimeCounts:
 
 
 class StageClock:
-    """Counts durations by stage; `counts` only grow."""
+    """Counts the durations of one stage in `counts`; they only grow."""
 
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
+    def __init__(self, counts: Counter[str], stage: str) -> None:
+        self._counts = counts
+        self._sum = f"time_{stage}_us"
+        self._buckets = tuple(f"time_{stage}_le_{i}" for i in range(len(BUCKETS_S) + 1))
 
-    def add(self, stage: str, seconds: float) -> None:
-        self.counts[f"time_{stage}_us"] += round(seconds * 1e6)
-        self.counts[f"time_{stage}_le_{bisect_left(BUCKETS_S, seconds)}"] += 1
+    def add(self, seconds: float) -> None:
+        self._counts[self._sum] += round(seconds * 1e6)
+        self._counts[self._buckets[bisect_left(BUCKETS_S, seconds)]] += 1
 
 
 def without_times(counts: Mapping[str, int]) -> dict[str, int]:

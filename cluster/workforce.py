@@ -19,6 +19,7 @@ from cluster.errors import Fenced, HandoffFailed
 from cluster.load import WorkerLoad
 from cluster.members import History, Launcher, Member
 from cluster.messages import ChangeRole
+from cluster.metrics import WORKER_FAILURES
 from cluster.names import Role, RouterId, WorkerId
 from cluster.request_plane import WorkerLink
 from cluster.service import PlacedWorker
@@ -103,6 +104,11 @@ class Workforce:
     def loads(self, now: float) -> list[WorkerLoad]:
         loop_s = asyncio.get_running_loop().time()
         return [member.load(now, loop_s) for member in self._members.values()]
+
+    def exporters(self) -> list[WorkerEntry]:
+        """Return every worker that is up, listed or not, under the role it has now."""
+        up = (member for member in self._members.values() if member.state in _UP)
+        return [replace(each.entry, role=each.role) for each in up if each.entry]
 
     def placed(self) -> list[PlacedWorker]:
         """Return where workers are, as placement sees it."""
@@ -339,6 +345,7 @@ class Workforce:
 
     def _fail(self, member: Member, reason: str) -> None:
         self._note(f"{member.worker_id} failed: {reason}")
+        WORKER_FAILURES.labels(member.role.value).inc()
         if _is_new(member):
             why = f"{member.worker_id}: {reason}"
             self._history.count_failure(member.role, why, time.time())
@@ -350,6 +357,7 @@ class Workforce:
         member = self._members[worker_id]
         self._note(f"{worker_id} is stopped: {reason}")
         if is_failure:
+            WORKER_FAILURES.labels(member.role.value).inc()
             self._history.count_failure(member.role, reason, time.time())
         member.enter(WorkerState.STOPPING, time.time())
         self._spawn(self._stop(member))

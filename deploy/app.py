@@ -72,7 +72,7 @@ class Deployment:
         bind_host = "127.0.0.1" if self._config.cluster.address is None else None
         start = partial(start_controller, self._config, parts_of(self._config), env, bind_host)
         self._controller = start()
-        self._start_router(env, start)
+        self._start_router(env, start, bind_host)
         self._wait_until_serving(started_at)
 
     def _refuse_another_of_the_name(self) -> None:
@@ -121,7 +121,9 @@ class Deployment:
         header = "-H 'content-type: application/json'"
         return f"curl {self.url}/v1/completions {header} -d '{body}'"
 
-    def _start_router(self, env: dict[str, str], start_controller: Callable[[], Any]) -> None:
+    def _start_router(
+        self, env: dict[str, str], start_controller: Callable[[], Any], bind_host: str | None
+    ) -> None:
         router = self._config.router
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         # From here on there is something of ours in Serve; all of Serve only if it is new.
@@ -135,7 +137,9 @@ class Deployment:
         serve.run_many(
             [
                 serve.RunTarget(
-                    router_application(self._config, env, start_controller), self._session.name, "/"
+                    router_application(self._config, env, start_controller, bind_host),
+                    self._session.name,
+                    "/",
                 )
             ],
             wait_for_ingress_deployment_creation=False,

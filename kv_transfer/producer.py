@@ -3,6 +3,7 @@
 Single-threaded: `port.HandoffPort` calls it from its one thread with the time of the call.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from dataclasses import dataclass, replace
 import xxhash
 
 from cluster.names import HandoffId
+from cluster.stages import StageClock
 from kv_transfer.blocks import BlockStore
 from kv_transfer.handoff import ProducerEvent, ProducerHandoff
 from kv_transfer.leases import LeaseTable
@@ -66,7 +68,7 @@ class _Parked:
 class Producer:
     """Holds, serves, refuses and frees; `freed` collects the keys whose blocks may go.
 
-    `counts` says how often each thing happened, refusals by cause.
+    `counts` says how often each thing happened, refusals by cause, and how long copies took.
 
     `catch_up` lets the owner apply ends that arrived while blocks were being gathered: only
     what is still readable after it is sent.
@@ -82,6 +84,7 @@ class Producer:
     ) -> None:
         self.freed: list[str] = []
         self.counts: Counter[str] = Counter()
+        self._gathering = StageClock(self.counts, "gather")
         self._store = store
         self._epoch = epoch
         self._fingerprint = store.layout.fingerprint
@@ -155,7 +158,9 @@ class Producer:
         self._advance(read.handoff_id, ProducerEvent.READ_STARTED)
         positions = slice(read.first_block, read.first_block + read.num_blocks)
         try:
+            began_s = time.perf_counter()
             payload = self._store.gather(read.group, held.hold.block_ids[read.group][positions])
+            self._gathering.add(time.perf_counter() - began_s)
             # Preemption or an abort may have taken the blocks while they were copied; bytes of a
             # reused block have a valid checksum, so ownership is checked again before sending.
             self._catch_up()
@@ -187,6 +192,7 @@ class Producer:
     def _blocks(self, peer: bytes, read: ReadBlocks, payload: memoryview) -> Answer:
         held = self._held[read.handoff_id]
         produced = held.produced_bytes + payload.nbytes
+        self.counts["bytes_sent"] += payload.nbytes
         self._held[read.handoff_id] = replace(held, produced_bytes=produced)
         checksum = xxhash.xxh3_64_intdigest(payload) if self._is_checksummed else None
         message = Blocks(

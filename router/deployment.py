@@ -11,7 +11,8 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import ray
 import zmq.asyncio
@@ -19,14 +20,20 @@ from ray import serve
 
 from cluster.config import TandemConfig
 from cluster.errors import Unavailable
+from cluster.exporter import Exporter
 from cluster.load import RouterLoad
-from cluster.names import Role, RouterId
+from cluster.metrics import READY_LINKS, WAITING_REQUESTS
+from cluster.names import Component, Role, RouterId
 from cluster.snapshot import WorkerEntry
 from router.exchange import REQUEST_ID_HEADER, AsgiApp, Message, Receive, Scope, Send
 from router.flow import Flow
+from router.measures import Objectives
 from router.membership import Membership
 from router.records import Records, RequestRecord
 from router.surface import Operations, build_surface
+
+if TYPE_CHECKING:
+    from router.traces import Traces
 
 RETRY_S = 0.5
 _ANSWER_TIMEOUT_S = 3.0
@@ -45,15 +52,18 @@ class ControllerView:
         self._version = 0
         self.health: tuple[bool, str] | None = None
 
-    async def ask(self, load: RouterLoad) -> Sequence[WorkerEntry] | None:
+    async def ask(
+        self, load: RouterLoad, where: Mapping[str, str] = MappingProxyType({})
+    ) -> Sequence[WorkerEntry] | None:
         """Return the workers that may serve, None if the controller does not answer.
 
-        Tells it this router's load; waits a moment for the list to change.
+        Tells it this router's load and where its metrics are (`exporter`, `node`); waits a
+        moment for the list to change.
         """
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
                 controller = await self.controller()
-                answer = await controller.follow.remote(load.as_document(), self._version)
+                answer = await controller.follow.remote(load.as_document(), self._version, **where)
                 self.health, self._version = answer["health"], answer["version"]
                 return [WorkerEntry.from_document(document) for document in answer["workers"]]
         except (TimeoutError, KeyError, TypeError, ValueError, ray.exceptions.RayError) as error:
@@ -79,6 +89,18 @@ class ControllerView:
             reason = str(error).partition("\n")[0] or f"nothing within {_ANSWER_TIMEOUT_S:g} s"
             raise Unavailable(f"the controller does not answer: {reason}") from None
 
+    async def targets(self) -> Sequence[Mapping[str, object]]:
+        """Return what can be scraped; raise `Unavailable` like `decisions`."""
+        if self._controller is None:
+            raise Unavailable("the controller does not answer this router")
+        try:
+            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
+                targets: list[Mapping[str, object]] = await self._controller.targets.remote()
+                return targets
+        except (TimeoutError, ray.exceptions.RayError) as error:
+            reason = str(error).partition("\n")[0] or f"nothing within {_ANSWER_TIMEOUT_S:g} s"
+            raise Unavailable(f"the controller does not answer: {reason}") from None
+
     async def controller(self) -> Any:
         """Return the deployment's controller, started if there is none."""
         if self._controller is None:
@@ -91,7 +113,10 @@ class RouterReplica:
 
     # Serve awaits it.
     async def __init__(  # type: ignore[misc]
-        self, config: TandemConfig, start_controller: Callable[[], Any]
+        self,
+        config: TandemConfig,
+        start_controller: Callable[[], Any],
+        bind_host: str | None = None,
     ) -> None:
         # vLLM's front-end takes seconds to import and only replicas need it.
         from router.app import build_frontend
@@ -101,16 +126,33 @@ class RouterReplica:
         self._router_id = RouterId(f"{config.cluster.name}-router-{uuid.uuid4().hex[:8]}")
         timeout_s = config.router.worker_timeout_s
         self._membership = Membership(self._context, self._router_id, timeout_s)
-        self._flow = Flow(config.router, self._membership, self._records, Random())
+        self._traces = _open_traces(config, self._router_id)
+        objectives = Objectives(config.autoscaler.slo_ttft_s, config.autoscaler.slo_tbt_s)
+        self._flow = Flow(
+            config.router,
+            self._membership,
+            self._records,
+            Random(),
+            objectives,
+            self._traces.record if self._traces else lambda _record: None,
+        )
         frontend = await build_frontend(config.model, self._flow)
         self._view = ControllerView(start_controller)
         operations = Operations(
-            self._health, self._record, self._recent, self._flow.status, self._view.decisions
+            self._health,
+            self._record,
+            self._recent,
+            self._flow.status,
+            self._view.decisions,
+            self._view.targets,
         )
         surface = build_surface(
             {config.model.name: frontend}, operations, self._latest_record, config.router
         )
         self._surface = WithoutRequestId(surface)
+        self._exporter = Exporter(Component.ROUTER, bind_host or ray.util.get_node_ip_address())
+        node = str(ray.get_runtime_context().get_node_id())
+        self._where = {"exporter": self._exporter.address, "node": node}
         self._polling = asyncio.create_task(self._poll())
 
     def __serve_build_asgi_app__(self) -> AsgiApp:
@@ -128,15 +170,24 @@ class RouterReplica:
         self._flow.close()
         await self._membership.close()
         self._context.destroy(linger=0)
+        await asyncio.to_thread(self._exporter.close)
+        if self._traces is not None:
+            await asyncio.to_thread(self._traces.close)
 
     async def _poll(self) -> None:
         while True:
             load = self._flow.meter.load(self._router_id, time.time())
-            entries = await self._view.ask(load)
+            self._show()
+            entries = await self._view.ask(load, self._where)
             if entries is None:
                 await asyncio.sleep(RETRY_S)
             else:
                 await self._membership.update(entries)
+
+    def _show(self) -> None:
+        WAITING_REQUESTS.set(self._flow.num_waiting)
+        for role in Role:
+            READY_LINKS.labels(role.value).set(len(self._membership.ready(role)))
 
     def _health(self) -> tuple[bool, str]:
         if self._view.health is not None and not self._view.health[0]:
@@ -161,6 +212,16 @@ class RouterReplica:
         ]
 
 
+def _open_traces(config: TandemConfig, router_id: str) -> "Traces | None":
+    """Return where records go when their requests have ended, None if nothing traces them."""
+    if config.tracing.endpoint is None:
+        return None
+    # Only who traces pays for the SDK.
+    from router.traces import open_traces
+
+    return open_traces(config.tracing.endpoint, config, router_id)
+
+
 class WithoutRequestId:
     """Leaves the `x-request-id` of a response to Serve, which adds the same one to each."""
 
@@ -179,11 +240,15 @@ class WithoutRequestId:
 
 
 def router_application(
-    config: TandemConfig, env: Mapping[str, str], start_controller: Callable[[], Any]
+    config: TandemConfig,
+    env: Mapping[str, str],
+    start_controller: Callable[[], Any],
+    bind_host: str | None = None,
 ) -> Any:
     """Return the Serve application that runs the configured number of routers.
 
     `start_controller` returns the deployment's controller actor, started if there is none.
+    Routers show their metrics on `bind_host`, or each on its node's address if that is None.
     """
     deployment = serve.deployment(
         name="router",
@@ -197,4 +262,4 @@ def router_application(
             "runtime_env": {"env_vars": {**env, "CUDA_VISIBLE_DEVICES": ""}},
         },
     )
-    return deployment(serve.ingress()(RouterReplica)).bind(config, start_controller)
+    return deployment(serve.ingress()(RouterReplica)).bind(config, start_controller, bind_host)

@@ -3,9 +3,8 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, cast
 
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -14,7 +13,8 @@ from starlette.routing import Route
 
 from cluster.config import RouterSection
 from cluster.errors import TandemError
-from cluster.metrics import FREE_BLOCKS, PINNED_BLOCKS
+from cluster.exporter import exported
+from cluster.names import Component
 from router.dispatch import ModelDispatch
 from router.exchange import AsgiApp, ExchangeLayer, Placed, Receive, Scope, Send
 from router.http_errors import HttpFailure, failure_of
@@ -48,7 +48,8 @@ Document = Mapping[str, object]
 class Operations:
     """What the operator's routes show; each is read afresh per call and must not block.
 
-    `decisions(after, limit)` asks the controller, so it takes time and may raise `TandemError`.
+    `decisions(after, limit)` and `targets()` ask the controller, so they take time and may raise
+    `TandemError`.
     """
 
     health: Callable[[], tuple[bool, str]]
@@ -56,6 +57,7 @@ class Operations:
     recent: Callable[[int], Sequence[Document]]
     pinned: Callable[[], Document]
     decisions: Callable[[int, int], Awaitable[Sequence[Document]]]
+    targets: Callable[[], Awaitable[Sequence[Document]]]
 
 
 def build_surface(
@@ -87,6 +89,8 @@ def operator_app(operations: Operations) -> Starlette:
     They are coroutines so that they read the router's state in its own thread.
     """
 
+    shown = exported(Component.ROUTER)
+
     async def health(_request: Request) -> Response:
         is_healthy, reason = operations.health()
         status = HTTPStatus.OK if is_healthy else HTTPStatus.SERVICE_UNAVAILABLE
@@ -109,12 +113,14 @@ def operator_app(operations: Operations) -> Starlette:
         page = list(await operations.decisions(after, limit))
         return JSONResponse({"decisions": page, "next": page[-1]["seq"] if page else after})
 
+    async def targets(_request: Request) -> Response:
+        return JSONResponse(list(await operations.targets()))
+
     async def pinned(_request: Request) -> Response:
         return JSONResponse(operations.pinned())
 
     async def metrics(_request: Request) -> Response:
-        show_blocks(operations.pinned())
-        return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(shown), media_type=CONTENT_TYPE_LATEST)
 
     routes = {
         "/health": health,
@@ -122,6 +128,7 @@ def operator_app(operations: Operations) -> Starlette:
         "/admin/decisions": decisions,
         "/admin/requests": recent,
         "/admin/requests/{exchange_id}": record,
+        "/admin/targets": targets,
         "/debug/pinned": pinned,
     }
     return Starlette(
@@ -139,17 +146,6 @@ def _number(request: Request, name: str, default: int, bounds: tuple[int, int]) 
         message = f"{name} must be a number from {bounds[0]} to {bounds[1]}"
         raise HTTPException(HTTPStatus.BAD_REQUEST, message)
     return int(text)
-
-
-def show_blocks(pinned: Document) -> None:
-    """Set the block gauges from what the workers last reported; those gone are forgotten."""
-    gauges = {"held_blocks": PINNED_BLOCKS, "free_blocks": FREE_BLOCKS}
-    workers = cast(Sequence[Mapping[str, Any]], pinned.get("workers", ()))
-    for key, gauge in gauges.items():
-        gauge.clear()
-        for worker in workers:
-            if worker[key] is not None:
-                gauge.labels(worker["worker_id"]).set(worker[key])
 
 
 async def _not_served(request: Request, error: Exception) -> Response:

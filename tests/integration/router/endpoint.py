@@ -49,6 +49,10 @@ async def no_decisions(after: int, limit: int) -> list[dict[str, object]]:
     return []
 
 
+async def no_targets() -> list[dict[str, object]]:
+    return []
+
+
 async def serve(endpoint: Endpoint, started: threading.Event, stop: threading.Event) -> None:
     """Run the endpoint until `stop`; its address is there once `started` is set."""
     # vLLM takes seconds to import, and other tests of this folder do without.
@@ -72,6 +76,7 @@ async def serve(endpoint: Endpoint, started: threading.Event, stop: threading.Ev
         recent=lambda limit: [{"id": exchange_id} for exchange_id in flow.records][:limit],
         pinned=lambda: {"workers": {}, "open_reservations": 0},
         decisions=no_decisions,
+        targets=no_targets,
     )
     section = RouterSection()
     app = build_surface({MODEL: frontend}, operations, flow.records.get, section)

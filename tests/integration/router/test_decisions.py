@@ -54,6 +54,7 @@ async def get(path: str, controller: FakeController | None) -> httpx.Response:
         recent=lambda _: [],
         pinned=dict,
         decisions=view.decisions,
+        targets=view.targets,
     )
     transport = httpx.ASGITransport(operator_app(operations))
     async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as client:

@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import httpx
 import pytest
-from prometheus_client import REGISTRY
 
 from cluster import metrics
 from cluster.config import RouterSection
 from cluster.errors import Unavailable
 from router.dispatch import ModelDispatch
 from router.exchange import AsgiApp, Receive, Scope, Send
-from router.surface import Operations, build_surface, show_blocks
+from router.surface import Operations, build_surface
 
 RECORDS: dict[str, dict[str, object]] = {name: {"id": name} for name in ("first", "second")}
 
@@ -26,12 +25,17 @@ async def no_controller(after: int, limit: int) -> list[dict[str, object]]:
     raise Unavailable("the controller does not answer")
 
 
+async def targets() -> list[dict[str, object]]:
+    return [{"targets": ["127.0.0.1:1"], "labels": {"component": "router"}}]
+
+
 OPERATIONS = Operations(
     health=lambda: (True, "serving"),
     record=RECORDS.get,
     recent=lambda limit: list(RECORDS.values())[:limit],
     pinned=lambda: {"open_reservations": 3},
     decisions=decisions,
+    targets=targets,
 )
 
 
@@ -130,6 +134,14 @@ async def test_metrics_are_this_process_s() -> None:
         response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     assert "tandem_requests_total" in response.text, metrics.REQUESTS
+    assert "tandem_pinned_blocks" not in response.text, "a worker's"
+
+
+async def test_targets_are_what_prometheus_discovers() -> None:
+    async with endpoint("a") as client:
+        response = await client.get("/admin/targets")
+    assert response.headers["content-type"] == "application/json"
+    assert response.json() == await targets()
 
 
 @pytest.mark.parametrize(
@@ -161,14 +173,3 @@ async def test_models_of_all_front_ends_are_listed() -> None:
 def test_no_model_is_no_endpoint() -> None:
     with pytest.raises(ValueError, match="at least one model"):
         ModelDispatch({})
-
-
-def test_the_block_gauges_follow_the_workers_that_are_there() -> None:
-    first = {"worker_id": "a", "held_blocks": 3, "free_blocks": 7}
-    show_blocks(
-        {"workers": [first, {"worker_id": "new", "held_blocks": None, "free_blocks": None}]}
-    )
-    assert REGISTRY.get_sample_value("tandem_pinned_blocks", {"worker": "a"}) == 3
-    assert REGISTRY.get_sample_value("tandem_free_blocks", {"worker": "a"}) == 7
-    show_blocks({"workers": []})
-    assert REGISTRY.get_sample_value("tandem_pinned_blocks", {"worker": "a"}) is None
