@@ -41,6 +41,10 @@ class ControllerMetrics:
             metrics.ACTION_SECONDS.labels(change.value)
         for role in Role:
             metrics.WORKER_FAILURES.labels(role.value)
+            for bound in ("min", "max"):
+                limit = getattr(self._config, f"{bound}_{role.value}")
+                metrics.POOL_LIMIT_WORKERS.labels(role.value, bound).set(limit)
+        metrics.OBJECTIVE_QUANTILE.set(self._config.latency_quantile)
         objectives = {"ttft": self._config.slo_ttft_s, "tbt": self._config.slo_tbt_s}
         for name, objective_s in objectives.items():
             if objective_s is not None:

@@ -136,12 +136,13 @@ def _sizes(pool: str) -> Panel:
     return Panel(
         f"{pool.capitalize()} pool",
         "Asked by what drives the decision (raw), left of it after every limit (final), wanted"
-        " now, and Ready.",
+        " now, Ready, and the bounds.",
         (
             Query(gauge("tandem_raw_target_workers", pool=pool), "raw target"),
             Query(gauge("tandem_final_target_workers", pool=pool), "final target"),
             Query(gauge("tandem_wanted_workers", pool=pool), "wanted"),
             Query(gauge("tandem_workers", pool=pool, state="ready"), "ready"),
+            Query(gauge("tandem_pool_limit_workers", "bound", pool=pool), "{{bound}}"),
         ),
         width=12,
         decimals=0,

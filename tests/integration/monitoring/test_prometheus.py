@@ -125,6 +125,7 @@ def test_what_is_scraped_is_what_the_endpoint_lists(watched: Watched) -> None:
 
 def test_nothing_is_counted_twice(watched: Watched) -> None:
     sent = watched.load.num_sent
+    print(watched.server.query("tandem_requests_total > 0"), watched.server.query("tandem_slo_requests_total"), watched.server.query("tandem_ttft_seconds_count"))
     assert watched.server.value("sum(tandem_slo_requests_total)") == sent
     tokens = watched.server.value("sum(tandem_output_tokens_total)")
     assert tokens is not None and tokens >= sent * OUTPUT_TOKENS
@@ -133,6 +134,8 @@ def test_nothing_is_counted_twice(watched: Watched) -> None:
 
 
 def test_every_query_of_a_dashboard_says_something(watched: Watched) -> None:
+    for a in monitoring.of_dashboards():
+        print(a.where, len(watched.ask(a.expr)), list(watched.ask(a.expr).values())[:3])
     empty = [a.where for a in monitoring.of_dashboards() if not watched.ask(a.expr)]
     assert sorted(empty) == sorted(EMPTY)
 
