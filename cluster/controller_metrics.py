@@ -2,10 +2,8 @@
 changes of workers take."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Protocol
-
-from prometheus_client import Gauge
 
 from cluster import metrics
 from cluster.action_times import ActionTimes, Begun, Change
@@ -117,13 +115,13 @@ class ControllerMetrics:
     def _show_decision(self, record: Mapping[str, Any]) -> None:
         decision = record["decision"]
         self._ratio = record["state"]["estimated_ratio"] or self._configured_ratio
-        _show_sizes(metrics.FINAL_TARGET_WORKERS, decision["final"])
-        if decision["raw"] is not None:
-            _show_sizes(metrics.RAW_TARGET_WORKERS, decision["raw"])
-        else:
-            metrics.RAW_TARGET_WORKERS.clear()
-
-
-def _show_sizes(gauge: Gauge, sizes: Sequence[int]) -> None:
-    for role, size in zip((Role.PREFILL, Role.DECODE), sizes, strict=True):
-        gauge.labels(role.value).set(size)
+        targets = {
+            metrics.RAW_TARGET_WORKERS: decision["raw"],
+            metrics.FINAL_TARGET_WORKERS: decision["final"],
+        }
+        for gauge, sizes in targets.items():
+            if sizes is None:
+                gauge.clear()
+                continue
+            for role, size in zip((Role.PREFILL, Role.DECODE), sizes, strict=True):
+                gauge.labels(role.value).set(size)

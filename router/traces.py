@@ -54,7 +54,7 @@ class Traces:
         try:
             self._record(record, time.time_ns())
         except Exception:
-            logger.exception("no trace of request %s", record.request_id)
+            logger.exception("no trace of %r", record)
 
     def _record(self, record: RequestRecord, now_ns: int) -> None:
         carrier = {} if record.traceparent is None else {TRACE_HEADER: record.traceparent}
