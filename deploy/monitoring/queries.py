@@ -54,6 +54,6 @@ def gauge(metric: str, by: str = "", **matchers: str) -> str:
 
 
 def scalings() -> Query:
-    """Return the moments at which a decision changed the pools, as marks for a dashboard."""
-    decided = series("tandem_decisions_total", action="out|in|repair|restore")
-    return Query(f"sum by (action) (increase({decided}[{WINDOW}])) > 0", "scaling")
+    """Return the moments at which a pool got another size to go to, as marks for a dashboard."""
+    wanted = series("tandem_wanted_workers")
+    return Query(f"sum by (pool) (changes({wanted}[{WINDOW}])) > 0", "scaling")

@@ -22,19 +22,24 @@ _STOP_S = 10.0
 class Prometheus:
     """A running server."""
 
-    url: str
+    client: httpx.Client
 
     def get(self, path: str, **parameters: str) -> Any:
         """Return the data of an answer of its HTTP API; fail with what it says is wrong."""
-        answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=10.0).json()
+        answer = self.client.get(f"/api/v1/{path}", params=parameters).json()
         assert answer["status"] == "success", f"{parameters}: {answer.get('error')}"
         return answer["data"]
 
-    def query(self, expr: str) -> dict[tuple[tuple[str, str], ...], float]:
-        """Return the values of an instant query by sorted labels, those that are numbers."""
-        samples = self.get("query", query=expr)["result"]
+    def query(self, expr: str, at: float | None = None) -> dict[tuple[tuple[str, str], ...], float]:
+        """Return the values at a time (Unix seconds) by sorted labels, those that are numbers."""
+        time = {} if at is None else {"time": str(at)}
+        samples = self.get("query", query=expr, **time)["result"]
         values = {tuple(sorted(s["metric"].items())): float(s["value"][1]) for s in samples}
         return {labels: value for labels, value in values.items() if not math.isnan(value)}
+
+    def has(self, expr: str) -> bool:
+        """Return whether a query has any value, which a comparison has where it holds."""
+        return bool(self.query(expr))
 
     def value(self, expr: str) -> float | None:
         """Return the only value of a query, None if it has none."""
@@ -73,19 +78,21 @@ def prometheus(folder: Path, config: dict[str, Any]) -> Iterator[Prometheus]:
         f"--storage.tsdb.path={folder / 'data'}",
         f"--web.listen-address={address}",
     ]
+    client = httpx.Client(base_url=f"http://{address}", timeout=10.0)
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
 
     def is_ready() -> bool:
         assert process.poll() is None, log.read_text()
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"http://{address}/-/ready", timeout=2.0).status_code == 200
+            return client.get("/-/ready").status_code == 200
         return False
 
     try:
         wait_until(is_ready, 20.0, "Prometheus is ready")
-        yield Prometheus(f"http://{address}")
+        yield Prometheus(client)
     finally:
+        client.close()
         process.terminate()
         try:
             process.wait(_STOP_S)
