@@ -9,8 +9,9 @@ from typing import Any
 
 from autoscaler.decision import Action, Decision, Pin, PolicyState
 from autoscaler.decision_log import DecisionLog, Record
+from autoscaler.gauge import read_gauge
 from autoscaler.policy import decide
-from autoscaler.ratio import Sizes
+from autoscaler.ratio import Ratio, Sizes
 from autoscaler.signals import Signals, Snapshot, known_signals
 from cluster.config import TandemConfig
 from cluster.names import Role
@@ -60,7 +61,9 @@ class Autoscaler:
         """Take one sample; decide if it is time to and return the decision."""
         self._signals.add(self._pools.load())
         now = self._pools.now()
-        is_time = self._config.mode != "off" and now >= self._next_at
+        # More than a period to go: the clock has been set back since.
+        is_early = 0 < self._next_at - now <= self._config.scaled(self._config.decision_period_s)
+        is_time = self._config.mode != "off" and not is_early
         return self._decide(now) if is_time or self._is_ordered else None
 
     def pin(self, sizes: Mapping[Role, int], reason: str) -> None:
@@ -81,9 +84,34 @@ class Autoscaler:
         """Return what is measured now, by name; what is not known is left out."""
         return known_signals(self.snapshot())
 
+    @property
+    def pinned(self) -> list[int] | None:
+        """The sizes ordered by hand, (P, D), None while the load decides."""
+        pin = self.state.pin
+        return None if pin is None else pin.sizes.as_document()
+
+    @property
+    def num_unwritten(self) -> int:
+        return self.log.num_unwritten
+
     def decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
         """Return up to `limit` records that follow number `after`, oldest first, JSON-able."""
         return [record.as_document() for record in self.log.page(after, limit)]
+
+    def view(self) -> dict[str, Any]:
+        """Return the signal beside what it is held against, and the rules in force, JSON-able."""
+        config, state = self._config, self.state
+        return {
+            "signal": read_gauge(config, self.snapshot(), state.target).as_document(),
+            "objectives": {
+                "ttft_s": config.slo_ttft_s,
+                "tbt_s": config.slo_tbt_s,
+                "quantile": config.latency_quantile,
+            },
+            "ratio": state.estimated_ratio or Ratio.configured(config).value,
+            "pin": None if state.pin is None else f"{state.pin.sizes}: {state.pin.reason}",
+            "last_seq": self.log.next_seq - 1,
+        }
 
     @property
     def revision(self) -> Hashable:
@@ -104,7 +132,7 @@ class Autoscaler:
         self._is_ordered = False
         snapshot, before = self._signals.read(now), self.state
         decision, self.state = decide(self._config, before, snapshot, now)
-        self.log.append(snapshot, before, decision)
+        self.log.append(self._config, snapshot, before, decision)
         if decision.action is not Action.HOLD:
             _log.info("%s: %s", decision.action, decision.reason)
         if self._config.mode == "act" or before.pin is not None:

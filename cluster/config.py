@@ -252,7 +252,12 @@ def parse_config(document: Any) -> TandemConfig:
     try:
         return TandemConfig.model_validate(document or {})
     except ValidationError as error:
-        raise ConfigError("; ".join(map(_fault_line, error.errors()))) from None
+        raise ConfigError(faults_of(error)) from None
+
+
+def faults_of(error: ValidationError) -> str:
+    """Return every fault with its path, on one line."""
+    return "; ".join(map(_fault_line, error.errors()))
 
 
 def _fault_line(fault: ErrorDetails) -> str:

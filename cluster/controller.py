@@ -19,9 +19,11 @@ from cluster.config import TandemConfig
 from cluster.controller_metrics import ControllerMetrics
 from cluster.controller_store import ControllerStore
 from cluster.errors import Unavailable
+from cluster.history import History
 from cluster.load import ClusterLoad, RouterLoad
 from cluster.members import Launcher
 from cluster.names import Role, RouterId
+from cluster.overview import scales, state_document
 from cluster.placer import Orders, Placer
 from cluster.pools import Pools
 from cluster.service import Counts
@@ -71,6 +73,20 @@ class PoolScaler(Protocol):
         """Return what is measured now, by name; what is not known is left out."""
         ...
 
+    def view(self) -> dict[str, Any]:
+        """Return the signal beside what it is held against, JSON-able."""
+        ...
+
+    @property
+    def pinned(self) -> list[int] | None:
+        """The sizes ordered by hand, (P, D), if there are any."""
+        ...
+
+    @property
+    def num_unwritten(self) -> int:
+        """How many decisions the decision file lacks."""
+        ...
+
     @property
     def revision(self) -> Hashable: ...
 
@@ -111,6 +127,8 @@ class Controller:
         self._routers: dict[RouterId, RouterLoad] = {}
         self._router_targets: dict[RouterId, Address] = {}
         self._metrics = ControllerMetrics(config)
+        self._history = History()
+        self._domains: Mapping[str, str] = {}
         self._listed: list[WorkerEntry] = []
         self._version = 1
         self._has_changed = asyncio.Event()
@@ -186,6 +204,8 @@ class Controller:
             "epoch": self._epoch,
             "autoscaler": self._config.autoscaler.mode,
             "desired": {role.value: n for role, n in self._sizes.items()},
+            "pinned": self._scaler.pinned if self._scaler else None,
+            "unwritten_decisions": self._scaler.num_unwritten if self._scaler else 0,
             "bounds": {
                 "prefill": [scaling.min_prefill, scaling.max_prefill],
                 "decode": [scaling.min_decode, scaling.max_decode],
@@ -201,6 +221,16 @@ class Controller:
             "failed_starts": {r.value: t.reason for r, t in observed.failed_starts.items()},
             "failed_proofs": {"->".join(p): t.reason for p, t in observed.failed_proofs.items()},
         }
+
+    def state(self) -> dict[str, Any]:
+        """Return the status beside load, signal and latencies, JSON-able."""
+        scaling = self._scaler.view() if self._scaler else None
+        recent = self._history.recent()
+        return state_document(self.status(), self.load(), scaling, recent, self._domains)
+
+    def history(self, after: int) -> dict[str, Any]:
+        """Return the samples later than Unix second `after`, JSON-able."""
+        return self._history.document(after)
 
     def _note(self, event: str) -> None:
         logger.info("%s", event)
@@ -234,6 +264,7 @@ class Controller:
         scaling = asyncio.create_task(self._scaler.run())
         try:
             while not self._is_stopping:
+                self._heed_clock()
                 self._workforce.drop_silent()
                 if scaling.done():
                     scaling.result()
@@ -243,6 +274,7 @@ class Controller:
                 await self._act()
                 self._announce()
                 self._show()
+                self._sample()
                 await self._pause()
         finally:
             scaling.cancel()
@@ -250,6 +282,13 @@ class Controller:
         if self.is_fenced:
             logger.warning("a later controller has taken over from epoch %d", self._epoch)
             await self._workforce.let_go()
+
+    def _heed_clock(self) -> None:
+        """A clock that was set back leaves stamps in the future: what waits on them would wait
+        until it has caught up."""
+        now = self.now()
+        self._placed_at, self._yielded_at = min(self._placed_at, now), min(self._yielded_at, now)
+        self._workforce.heed_clock(now)
 
     def _announce(self) -> None:
         """Let routers that follow know if the list has changed."""
@@ -264,6 +303,12 @@ class Controller:
         assert self._scaler is not None
         self._metrics.show(self._workforce.observe(), self._sizes, self._scaler, self.now())
         self._metrics.show_surroundings(self._epoch, len(self._routers), len(self._unplaced))
+
+    def _sample(self) -> None:
+        if self._scaler is not None and self._history.is_due(self.now()):
+            load = self.load()
+            seen = scales(load, self._sizes, self._scaler.view())
+            self._history.add(load.at, load.routers, seen)
 
     async def _pause(self) -> None:
         try:
@@ -338,6 +383,7 @@ class Controller:
         workers = self._workforce.placed()
         orders = await asyncio.to_thread(self._placer.plan, workers, wanted, self._placed_at)
         self._workforce.value_nodes(orders.values)
+        self._domains = orders.domains
         self._give_up(orders)
         for worker_id in orders.stranded:
             self._workforce.give_up_claim(worker_id, "the node it was to start on is gone")

@@ -46,7 +46,8 @@ class Orders:
     workers that have to go, each with the reason, and those that wait for a node that is gone.
 
     `is_pressed`: a service of higher priority waits for workers that are leaving.
-    `values` has the class of each node's network domain: the higher, the sooner to be freed.
+    `values` has the class of each node's network domain: the higher, the sooner to be freed;
+    `domains` the domain's path down to the S1 switch, empty without labels.
     """
 
     slots: tuple[Slot, ...] = ()
@@ -55,6 +56,7 @@ class Orders:
     stranded: tuple[WorkerId, ...] = ()
     is_pressed: bool = False
     values: Mapping[str, int] = field(default_factory=dict)
+    domains: Mapping[str, str] = field(default_factory=dict)
 
 
 class Placer(Protocol):
@@ -256,6 +258,7 @@ class SharedPlacer:
             ),
             is_pressed,
             {node_id: int(topology.value(node_id)) for node_id in topology.nodes},
+            {node_id: node.network for node_id, node in topology.nodes.items()},
         )
 
     def _write(self, needs: Needs) -> None:

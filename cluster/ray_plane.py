@@ -243,6 +243,14 @@ class ControllerActor:
         now = self._controller.now()
         return self._controller.targets(Address(self._exporter.address, node, now))
 
+    async def state(self) -> dict[str, Any]:
+        await self.run()
+        return self._controller.state()
+
+    async def history(self, after: int) -> dict[str, Any]:
+        await self.run()
+        return self._controller.history(after)
+
     async def scale(self, prefill: int, decode: int) -> None:
         """Hold both pools at these sizes, whatever the load."""
         await self.run()

@@ -15,7 +15,7 @@ import zmq.asyncio
 
 from cluster.config import TandemConfig
 from cluster.cores import choose_cores
-from cluster.errors import Fenced, HandoffFailed
+from cluster.errors import Fenced, HandoffFailed, summarise
 from cluster.load import WorkerLoad
 from cluster.members import History, Launcher, Member
 from cluster.messages import ChangeRole
@@ -322,6 +322,12 @@ class Workforce:
         if member is not None and member.state is WorkerState.PENDING:
             self.stop(worker_id, reason, is_failure=False)
 
+    def heed_clock(self, now: float) -> None:
+        """Leave no stamp that lies in the future."""
+        for member in self._members.values():
+            member.since = min(member.since, now)
+        self._history.heed_clock(now)
+
     # Losing a worker.
 
     async def _watch(self, member: Member) -> None:
@@ -434,12 +440,3 @@ async def _within(limit_s: float, work: Awaitable[None]) -> bool:
     except Exception as error:
         logger.info("worker did not stop by itself: %s", summarise(error))
     return True
-
-
-def summarise(error: BaseException) -> str:
-    """Return the one line that tells what went wrong, without a remote traceback."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, BaseException):
-        return summarise(cause)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -24,6 +24,7 @@ from cluster.ray_plane import find_controller, start_controller
 from cluster.worker_spec import Parts
 from deploy import signals
 from deploy.connect import connect
+from deploy.dashboard.pages import dashboard_pages
 from deploy.engines import AUTOSCALER, ENGINES, ROLES
 from deploy.local_ray import start_local_ray
 from deploy.ports import require_free
@@ -137,7 +138,9 @@ class Deployment:
         serve.run_many(
             [
                 serve.RunTarget(
-                    router_application(self._config, env, start_controller, bind_host),
+                    router_application(
+                        self._config, env, start_controller, dashboard_pages(), bind_host
+                    ),
                     self._session.name,
                     "/",
                 )

@@ -29,9 +29,11 @@ from deploy.client import context_of, model_of
 from deploy.config_edit import read_document, write_settings
 from deploy.controller_link import (
     ControllerLink,
+    NotReached,
     controller_of,
     desired_sizes,
     limits_of,
+    pinned_sizes,
     running_deployment,
     wait_for_sizes,
 )
@@ -125,8 +127,12 @@ def _sweep(
     sweep: Sweep,
     say: Callable[[str], None],
 ) -> None:
-    """Measure every split and leave the pools as they were, to the load."""
+    """Measure every split and leave the pools as they were: to the load, or held as by hand.
+
+    A split that does not come about carries nothing; the others are measured all the same.
+    """
     status = controller.status()
+    pinned = pinned_sizes(status)
     before, candidates = desired_sizes(status), splits(plan.total, limits_of(status))
     if not candidates:
         raise ConfigError(f"no split of {plan.total} workers is within the deployment's bounds")
@@ -134,12 +140,18 @@ def _sweep(
     try:
         for sizes in candidates:
             controller.scale(sizes)
-            wait_for_sizes(controller, sizes, config.cluster.start_timeout_s)
+            try:
+                wait_for_sizes(controller, sizes, config.cluster.start_timeout_s)
+            except NotReached as error:
+                say(f"  {error}")
+                sweep.results.append(SplitResult(sizes, None, str(error)))
+                continue
             _measure_split(sizes, plan, measure, sweep, say)
     finally:
-        controller.scale(before)
-        _wait_until_ordered(controller, before)
-        controller.unscale()
+        controller.scale(pinned or before)
+        if pinned is None:
+            _wait_until_ordered(controller, before)
+            controller.unscale()
 
 
 def _measure_split(

@@ -21,6 +21,7 @@ from ray import serve
 from cluster.config import TandemConfig, parse_config
 from cluster.ray_plane import start_controller
 from deploy.app import parts_of
+from deploy.dashboard.pages import dashboard_pages
 from deploy.session import cluster_environment
 from router.deployment import router_application
 
@@ -29,7 +30,8 @@ def build(args: Mapping[str, Any]) -> Any:
     """Return the Serve application; raise `ConfigError` naming every fault of `args`."""
     config = parse_config(args)
     env = cluster_environment(f"{config.cluster.name}:{uuid.uuid4().hex}")
-    return router_application(config, env, partial(_start_controller, config, env))
+    start = partial(_start_controller, config, env)
+    return router_application(config, env, start, dashboard_pages())
 
 
 def _start_controller(config: TandemConfig, env: Mapping[str, str]) -> Any:

@@ -19,7 +19,7 @@ import zmq.asyncio
 from ray import serve
 
 from cluster.config import TandemConfig
-from cluster.errors import Unavailable
+from cluster.errors import Unavailable, summarise
 from cluster.exporter import Exporter
 from cluster.load import RouterLoad
 from cluster.metrics import READY_LINKS, WAITING_REQUESTS
@@ -29,6 +29,7 @@ from router.exchange import REQUEST_ID_HEADER, AsgiApp, Message, Receive, Scope,
 from router.flow import Flow
 from router.measures import Objectives
 from router.membership import Membership
+from router.pages import Pages
 from router.records import Records, RequestRecord
 from router.surface import Operations, build_surface
 
@@ -73,32 +74,37 @@ class ControllerView:
             return None
 
     async def decisions(self, after: int, limit: int) -> Sequence[Mapping[str, object]]:
-        """Return up to `limit` decisions that follow number `after`, oldest first.
+        """Return up to `limit` decisions that follow number `after`, oldest first."""
+        page: list[Mapping[str, object]] = await self._question("decisions", after, limit)
+        return page
 
-        Raise `Unavailable` if the controller does not answer; `ask` finds or starts the next.
+    async def state(self) -> Mapping[str, object]:
+        state: Mapping[str, object] = await self._question("state")
+        return state
+
+    async def history(self, after: int) -> Mapping[str, object]:
+        """Return the samples later than Unix second `after`."""
+        history: Mapping[str, object] = await self._question("history", after)
+        return history
+
+    async def targets(self) -> Sequence[Mapping[str, object]]:
+        """Return the processes that can be scraped."""
+        targets: list[Mapping[str, object]] = await self._question("targets")
+        return targets
+
+    async def _question(self, name: str, *arguments: int) -> Any:
+        """Return what the controller answers an operator.
+
+        Raise `Unavailable` if it does not; `ask` finds or starts the next.
         """
         if self._controller is None:
             raise Unavailable("the controller does not answer this router")
         try:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                page: list[Mapping[str, object]]
-                page = await self._controller.decisions.remote(after, limit)
-                return page
+                return await getattr(self._controller, name).remote(*arguments)
         except (TimeoutError, ray.exceptions.RayError) as error:
-            # Ray adds a page of advice.
-            reason = str(error).partition("\n")[0] or f"nothing within {_ANSWER_TIMEOUT_S:g} s"
-            raise Unavailable(f"the controller does not answer: {reason}") from None
-
-    async def targets(self) -> Sequence[Mapping[str, object]]:
-        """Return what can be scraped; raise `Unavailable` like `decisions`."""
-        if self._controller is None:
-            raise Unavailable("the controller does not answer this router")
-        try:
-            async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-                targets: list[Mapping[str, object]] = await self._controller.targets.remote()
-                return targets
-        except (TimeoutError, ray.exceptions.RayError) as error:
-            reason = str(error).partition("\n")[0] or f"nothing within {_ANSWER_TIMEOUT_S:g} s"
+            is_late = isinstance(error, TimeoutError)
+            reason = f"nothing within {_ANSWER_TIMEOUT_S:g} s" if is_late else summarise(error)
             raise Unavailable(f"the controller does not answer: {reason}") from None
 
     async def controller(self) -> Any:
@@ -116,6 +122,7 @@ class RouterReplica:
         self,
         config: TandemConfig,
         start_controller: Callable[[], Any],
+        pages: Pages,
         bind_host: str | None = None,
     ) -> None:
         # vLLM's front-end takes seconds to import and only replicas need it.
@@ -145,9 +152,11 @@ class RouterReplica:
             self._flow.status,
             self._view.decisions,
             self._view.targets,
+            self._view.state,
+            self._view.history,
         )
         surface = build_surface(
-            {config.model.name: frontend}, operations, self._latest_record, config.router
+            {config.model.name: frontend}, operations, self._latest_record, config.router, pages
         )
         self._surface = WithoutRequestId(surface)
         self._exporter = Exporter(Component.ROUTER, bind_host or ray.util.get_node_ip_address())
@@ -206,8 +215,15 @@ class RouterReplica:
         return exchange.as_document() if exchange is not None else None
 
     def _recent(self, num: int) -> list[Mapping[str, object]]:
+        # Records are timed by the loop's clock.
+        began_at = time.time() - asyncio.get_running_loop().time()
         return [
-            {"exchange_id": record.exchange_id, **record.as_document()}
+            {
+                "exchange_id": record.exchange_id,
+                "router_id": self._router_id,
+                "arrived_at": began_at + record.timeline.arrived_s,
+                **record.as_document(),
+            }
             for record in self._records.latest(num)
         ]
 
@@ -243,12 +259,14 @@ def router_application(
     config: TandemConfig,
     env: Mapping[str, str],
     start_controller: Callable[[], Any],
+    pages: Pages,
     bind_host: str | None = None,
 ) -> Any:
     """Return the Serve application that runs the configured number of routers.
 
     `start_controller` returns the deployment's controller actor, started if there is none.
-    Routers show their metrics on `bind_host`, or each on its node's address if that is None.
+    `pages` are served as they are. Routers show their metrics on `bind_host`, or each on its
+    node's address if that is None.
     """
     deployment = serve.deployment(
         name="router",
@@ -262,4 +280,5 @@ def router_application(
             "runtime_env": {"env_vars": {**env, "CUDA_VISIBLE_DEVICES": ""}},
         },
     )
-    return deployment(serve.ingress()(RouterReplica)).bind(config, start_controller, bind_host)
+    router = deployment(serve.ingress()(RouterReplica))
+    return router.bind(config, start_controller, pages, bind_host)

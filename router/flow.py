@@ -264,6 +264,7 @@ class Flow:
         if tokens.receipt is not None:
             record.receipt = tokens.receipt
             self._measures.handed_over(tokens.receipt.received_bytes, record.bytes_agree is False)
+            self.meter.hand_over(tokens.receipt.received_bytes)
         self._account_latency(record, len(tokens.token_ids), now)
         if tokens.finish_reason is not None:
             self._finish(record, Outcome.of(tokens.finish_reason), None)
@@ -285,6 +286,8 @@ class Flow:
             self._give_up(run, error)
         cause = _cause(error, run.side)
         run.record.record_setback(cause, str(error), _now())
+        if cause is Cause.HANDOFF_FAILED:
+            self.meter.fail_handoff()
         if run.is_answered or not should_retry(run.tries, cause, self._config):
             self._give_up(run, error)
         self._measures.recover(cause)

@@ -1,4 +1,4 @@
-"""`/admin/decisions` over the router's real view of a controller that answers, hangs or dies."""
+"""What the router's real view of a controller answers operators: one that answers, hangs, dies."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -30,16 +30,29 @@ class FakeController:
         self._failure = failure
         self._is_hanging = is_hanging
         self.decisions = remote(self._decisions)
+        self.state = remote(self._state)
+        self.history = remote(self._history)
         self.follow = remote(self._follow)
 
     async def _follow(self, load: dict[str, Any], known_version: int) -> dict[str, Any]:
         return {"version": 1, "workers": [], "health": (True, "serving")}
 
-    async def _decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
+    async def _answer(self) -> None:
         if self._failure is not None:
             raise self._failure
         if self._is_hanging:
             await asyncio.Event().wait()
+
+    async def _state(self) -> dict[str, Any]:
+        await self._answer()
+        return {"name": "tandem"}
+
+    async def _history(self, after: int) -> dict[str, Any]:
+        await self._answer()
+        return {"rows": [], "next": after}
+
+    async def _decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
+        await self._answer()
         return [record for record in RECORDS if int(str(record["seq"])) > after][:limit]
 
 
@@ -55,8 +68,10 @@ async def get(path: str, controller: FakeController | None) -> httpx.Response:
         pinned=dict,
         decisions=view.decisions,
         targets=view.targets,
+        state=view.state,
+        history=view.history,
     )
-    transport = httpx.ASGITransport(operator_app(operations))
+    transport = httpx.ASGITransport(operator_app(operations, {}))
     async with httpx.AsyncClient(transport=transport, base_url="http://tandem") as client:
         return await client.get(path)
 
@@ -75,15 +90,19 @@ async def test_pages_follow_each_other_by_next() -> None:
     ("controller", "says"),
     [
         (None, "does not answer this router"),
-        (FakeController(ray.exceptions.ActorDiedError()), "the controller does not answer: The"),
+        (
+            FakeController(ray.exceptions.ActorDiedError()),
+            "the controller does not answer: ActorDiedError: The",
+        ),
         (FakeController(is_hanging=True), "nothing within 0.05 s"),
     ],
 )
+@pytest.mark.parametrize("path", ["/admin/decisions", "/admin/state", "/admin/history?after=9"])
 async def test_a_controller_that_is_down_is_a_503_that_says_so(
-    controller: FakeController | None, says: str, monkeypatch: pytest.MonkeyPatch
+    path: str, controller: FakeController | None, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(deployment, "_ANSWER_TIMEOUT_S", 0.05)
-    answer = await get("/admin/decisions", controller)
+    answer = await get(path, controller)
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
     assert says in answer.json()["error"]["message"]
 
@@ -92,3 +111,11 @@ async def test_bad_parameters_do_not_reach_the_controller() -> None:
     broken = FakeController(AssertionError("it was asked"))
     for query in ("limit=0", "limit=x", "after=-1", "after=1e3"):
         assert (await get(f"/admin/decisions?{query}", broken)).status_code == 400
+    for query in ("after=-1", "after=now", "after=1.5"):
+        assert (await get(f"/admin/history?{query}", broken)).status_code == 400
+
+
+async def test_state_and_history_come_from_the_controller() -> None:
+    assert (await get("/admin/state", FakeController())).json() == {"name": "tandem"}
+    page = (await get("/admin/history?after=1800000000", FakeController())).json()
+    assert page == {"rows": [], "next": 1_800_000_000}

@@ -11,6 +11,7 @@ from cluster.config import RouterSection
 from cluster.errors import Unavailable
 from router.dispatch import ModelDispatch
 from router.exchange import AsgiApp, Receive, Scope, Send
+from router.pages import Page
 from router.surface import Operations, build_surface
 
 RECORDS: dict[str, dict[str, object]] = {name: {"id": name} for name in ("first", "second")}
@@ -21,6 +22,14 @@ async def decisions(after: int, limit: int) -> list[dict[str, object]]:
     return page[:limit]
 
 
+async def state() -> dict[str, object]:
+    return {"name": "tandem"}
+
+
+async def history(after: int) -> dict[str, object]:
+    return {"rows": [], "next": after}
+
+
 async def no_controller(after: int, limit: int) -> list[dict[str, object]]:
     raise Unavailable("the controller does not answer")
 
@@ -29,6 +38,7 @@ async def targets() -> list[dict[str, object]]:
     return [{"targets": ["127.0.0.1:1"], "labels": {"component": "router"}}]
 
 
+PAGES = {"/dashboard": Page(b"<!doctype html>", "text/html; charset=utf-8")}
 OPERATIONS = Operations(
     health=lambda: (True, "serving"),
     record=RECORDS.get,
@@ -36,6 +46,8 @@ OPERATIONS = Operations(
     pinned=lambda: {"open_reservations": 3},
     decisions=decisions,
     targets=targets,
+    state=state,
+    history=history,
 )
 
 
@@ -59,7 +71,7 @@ def frontend(name: str) -> AsgiApp:
 
 def endpoint(*names: str, operations: Operations = OPERATIONS) -> httpx.AsyncClient:
     frontends = {name: frontend(name) for name in names}
-    app = build_surface(frontends, operations, lambda _: None, RouterSection())
+    app = build_surface(frontends, operations, lambda _: None, RouterSection(), PAGES)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tandem")
 
 
@@ -74,6 +86,8 @@ def endpoint(*names: str, operations: Operations = OPERATIONS) -> httpx.AsyncCli
         ("/admin/decisions?after=3", 200, {"decisions": [{"seq": 4}, {"seq": 5}], "next": 5}),
         ("/admin/decisions?after=1&limit=1", 200, {"decisions": [{"seq": 2}], "next": 2}),
         ("/admin/decisions?after=9", 200, {"decisions": [], "next": 9}),
+        ("/admin/state", 200, {"name": "tandem"}),
+        ("/admin/history?after=1800000000", 200, {"rows": [], "next": 1_800_000_000}),
         ("/v1/models", 200, {"object": "list", "data": [{"id": "a"}]}),
     ],
 )
@@ -97,6 +111,7 @@ async def test_answers(path: str, status: int, answer: object) -> None:
         ("/admin/decisions?after=٣", 400),
         ("/admin/decisions?after=", 400),
         ("/admin/decisions?after=" + "9" * 5000, 400),
+        ("/admin/history?after=x", 400),
     ],
 )
 async def test_refusals_are_openai_style(path: str, status: int) -> None:
