@@ -42,7 +42,7 @@ class ControllerMetrics:
             for bound in ("min", "max"):
                 limit = getattr(self._config, f"{bound}_{role.value}")
                 metrics.POOL_LIMIT_WORKERS.labels(role.value, bound).set(limit)
-        metrics.OBJECTIVE_QUANTILE.set(self._config.latency_quantile)
+        metrics.OBJECTIVE_RATIO.set(self._config.latency_quantile)
         objectives = {"ttft": self._config.slo_ttft_s, "tbt": self._config.slo_tbt_s}
         for name, objective_s in objectives.items():
             if objective_s is not None:

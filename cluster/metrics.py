@@ -361,8 +361,8 @@ SIGNAL_TARGET = _controller.gauge(
 OBJECTIVE_SECONDS = _controller.gauge(
     "tandem_objective_seconds", "seconds", "Configured objectives: ttft, tbt", "objective"
 )
-OBJECTIVE_QUANTILE = _controller.gauge(
-    "tandem_objective_quantile", "ratio", "Share of requests that should meet an objective"
+OBJECTIVE_RATIO = _controller.gauge(
+    "tandem_objective_ratio", "ratio", "Share of requests that should meet an objective"
 )
 POOL_LIMIT_WORKERS = _controller.gauge(
     "tandem_pool_limit_workers",

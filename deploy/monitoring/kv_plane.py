@@ -217,11 +217,7 @@ _ENGINES = Row(
         Panel(
             "Busy share by worker",
             "Share of time with at least one request open.",
-            (
-                Query(
-                    rate("tandem_busy_seconds_total", "worker_id,state"), "{{worker_id}} {{state}}"
-                ),
-            ),
+            (Query(rate("tandem_busy_seconds_total", _WORKER), "{{worker_id}}"),),
             unit="percentunit",
         ),
         Panel(
