@@ -4,6 +4,7 @@ import itertools
 import re
 
 import pytest
+import yaml
 
 from cluster.metrics import DECLARED, TARGET_LABELS
 from deploy.monitoring.dashboards import DASHBOARDS, rendered
@@ -75,6 +76,17 @@ def test_the_committed_dashboards_are_the_described_ones() -> None:
     committed = {path.name: path.read_text() for path in monitoring.DASHBOARDS.glob("*.json")}
     described = {f"{dashboard.uid}.json": rendered(dashboard) for dashboard in DASHBOARDS}
     assert committed == described, "run: python -m deploy.monitoring"
+
+
+def test_grafana_is_told_where_the_dashboards_and_their_data_are() -> None:
+    folder = monitoring.MONITORING / "grafana" / "provisioning"
+    (source,) = yaml.safe_load((folder / "datasources" / "prometheus.yaml").read_text())[
+        "datasources"
+    ]
+    assert (source["type"], source["access"]) == ("prometheus", "proxy")
+    (provider,) = yaml.safe_load((folder / "dashboards" / "tandem.yaml").read_text())["providers"]
+    assert provider["type"] == "file"
+    assert f"`{provider['options']['path']}`" in RUNBOOK.read_text()
 
 
 def test_panels_are_explained_and_do_not_overlap() -> None:
