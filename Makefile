@@ -18,7 +18,8 @@ SET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP_INSTALL := $(PY) -m pip install --quiet --no-deps --disable-pip-version-check
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-# Debian packages the tests need.
+# Debian packages the tests need. Prometheus is run by its test: the daemon that the package starts
+# is stopped, unless it was there before.
 APT_PACKAGES := chromium prometheus
 
 # Flags of `make serve` and `make demo`; an empty one leaves tandem's default.
@@ -79,8 +80,11 @@ system-deps: ## install the Debian packages that tests need (as root; else print
 			|| missing="$$missing $$p"; done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then \
-		apt-get update && DEBIAN_FRONTEND=noninteractive \
+		apt-get update; \
+		DEBIAN_FRONTEND=noninteractive \
 			apt-get install -y --no-install-recommends $$missing; \
+		case "$$missing" in *prometheus*) \
+			systemctl disable --now prometheus 2>/dev/null || true;; esac; \
 	else \
 		echo "error: the tests need Debian packages; run:" \
 			"sudo apt-get install -y --no-install-recommends$$missing" >&2; exit 1; \
