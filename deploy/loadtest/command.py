@@ -69,7 +69,10 @@ def _add_endpoint(command: argparse.ArgumentParser) -> None:
 def _add_workload(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("workload")
     group.add_argument(
-        "--workload", default="azure", metavar="SPEC", help="KIND[:key=value,...]; 'help' lists them (default: azure)"
+        "--workload",
+        default="azure",
+        metavar="SPEC",
+        help="KIND[:key=value,...], or 'help' (default: azure)",
     )
     for flag, about in (
         ("--time-scale", "arrivals come this many times as fast"),
