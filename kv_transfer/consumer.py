@@ -18,12 +18,13 @@ from kv_transfer.layout import Read, plan_reads
 from kv_transfer.protocol import (
     Blocks,
     ConsumerMessage,
-    ProducerMessage,
     ReadBlocks,
     Refused,
     Release,
     Renew,
+    Via,
 )
+from kv_transfer.transport import Payload
 
 Damage = Callable[[Read, memoryview], memoryview]
 
@@ -55,6 +56,8 @@ class _Active:
     num_blocks: int = 0
     received_bytes: int = 0
     produced_bytes: int = 0
+    vias: frozenset[Via] = frozenset()
+    taken: tuple[int, ...] = ()
 
 
 class Consumer:
@@ -128,9 +131,12 @@ class Consumer:
             yield from self._fail(self._active[handoff_id], "cancelled")
 
     def handle(
-        self, message: ProducerMessage, payload: memoryview | None, now: float
+        self, message: Blocks | Refused, payload: Payload | None, now: float
     ) -> Iterable[Order]:
-        """Act on one message; late or foreign ones are counted and dropped."""
+        """Act on one message; late or foreign ones are counted and dropped.
+
+        `payload` is the parcel of a `Blocks`, None if it was not there.
+        """
         active = self._active.get(message.handoff_id)
         if active is None:
             self.counts["chunks_late"] += 1
@@ -151,29 +157,37 @@ class Consumer:
                 yield self._order(offer, Renew(handoff_id, offer.epoch))
 
     def _accept(
-        self, active: _Active, message: Blocks, payload: memoryview | None, now: float
+        self, active: _Active, message: Blocks, payload: Payload | None, now: float
     ) -> Iterable[Order]:
         read = Read(message.group, message.first_block, message.num_blocks)
         if read not in active.handoff.asked:
             self.counts["chunks_foreign"] += 1
             return
-        if self._damage_received is not None and payload is not None:
-            payload = self._damage_received(read, payload)
-        damage = self._damage(read, message, payload)
-        if damage or payload is None:
+        content = None if payload is None else payload.content
+        if self._damage_received is not None and content is not None:
+            content = self._damage_received(read, content)
+        damage = self._damage(read, message, content)
+        if payload is None or content is None or damage:
             self.counts["chunks_damaged"] += 1
             yield from self._fail(active, damage or "no payload")
             return
         positions = slice(read.first_block, read.first_block + read.num_blocks)
-        self._store.scatter(read.group, active.pull.block_ids[read.group][positions], payload)
+        self._store.scatter(read.group, active.pull.block_ids[read.group][positions], content)
+        if not payload.is_intact():
+            self.counts["chunks_overtaken"] += 1
+            yield from self._fail(active, "the producer took its memory back during a read")
+            return
+        self.counts[f"bytes_{message.via.value}"] += content.nbytes
         handoff, asks = active.handoff.receive(read)
         arrived = replace(
             active,
             handoff=handoff,
             progressed=now,
             num_blocks=active.num_blocks + read.num_blocks,
-            received_bytes=active.received_bytes + payload.nbytes,
+            received_bytes=active.received_bytes + content.nbytes,
             produced_bytes=message.produced_bytes,
+            vias=active.vias | {message.via},
+            taken=(*active.taken, message.parcel) if message.parcel else active.taken,
         )
         yield from self._proceed(arrived, asks)
 
@@ -198,8 +212,9 @@ class Consumer:
         return None
 
     def _proceed(self, active: _Active, asks: tuple[Read, ...]) -> Iterable[Order]:
-        offer = active.pull.offer
-        self._active[offer.handoff_id] = active
+        offer, taken = active.pull.offer, active.taken
+        # What is taken last goes back with the release.
+        self._active[offer.handoff_id] = replace(active, taken=()) if asks else active
         for read in asks:
             ask = ReadBlocks(
                 offer.handoff_id,
@@ -208,7 +223,9 @@ class Consumer:
                 read.group,
                 read.first_block,
                 read.num_blocks,
+                taken=taken,
             )
+            taken = ()
             yield self._order(offer, ask)
         if active.handoff.state is ConsumerState.LOADED:
             yield from self._end(active)
@@ -222,7 +239,11 @@ class Consumer:
         del self._by_key[active.pull.key]
         transfer_s = active.progressed - active.started
         receipt = Receipt(
-            active.num_blocks, active.received_bytes, active.produced_bytes, transfer_s
+            active.num_blocks,
+            active.received_bytes,
+            active.produced_bytes,
+            transfer_s,
+            "+".join(sorted(active.vias)),
         )
         self._report(active.pull, failure, receipt)
         if self._has_endpoint(offer):

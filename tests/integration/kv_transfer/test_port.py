@@ -60,7 +60,9 @@ class Side:
         return check
 
     def content(self, *block_ids: int) -> bytes:
-        return bytes(self.store.gather(0, block_ids))
+        content = bytearray(len(block_ids) * 4096)
+        self.store.gather(0, block_ids, memoryview(content))
+        return bytes(content)
 
     def offer(self, name: str) -> Offer:
         endpoints = (self.port.endpoint,)
@@ -108,8 +110,9 @@ def test_blocks_cross_real_sockets(open_side: Open) -> None:
     assert ended.receipt.received_bytes == ended.receipt.produced_bytes == 5 * 4096
     assert consumer.content(1, 2, 30, 31, 32) == producer.content(3, 9, 4, 20, 5)
     wait_for(producer.has_freed("h"))
-    assert producer.port.totals() == {"handoffs_released": 1}
-    assert consumer.port.totals() == {"pulls_loaded": 1}
+    assert ended.receipt.transport == "shm"
+    assert producer.port.totals() == {"handoffs_released": 1, "chunks_shm": 3}
+    assert consumer.port.totals() == {"pulls_loaded": 1, "bytes_shm": 5 * 4096}
 
 
 def test_a_port_can_pull_from_itself(open_side: Open) -> None:
@@ -137,10 +140,10 @@ def test_a_producer_that_ends_in_the_middle_stalls_the_pull(open_side: Open) -> 
     closing = threading.Thread(target=producer.port.close)
     gather = producer.store.gather
 
-    def gather_and_close(group: int, block_ids: tuple[int, ...]) -> memoryview:
+    def gather_and_close(group: int, block_ids: tuple[int, ...], into: memoryview) -> None:
         if closing.ident is None:
             closing.start()
-        return gather(group, block_ids)
+        gather(group, block_ids, into)
 
     producer.store.gather = gather_and_close  # type: ignore[method-assign, assignment]
     consumer.pull(producer.hold("h", *many), *many)
@@ -218,10 +221,10 @@ def test_a_store_that_breaks_does_not_end_the_port(open_side: Open) -> None:
     producer, consumer = open_side(), open_side()
     gather, broken = producer.store.gather, [True]
 
-    def gather_or_break(group: int, block_ids: tuple[int, ...]) -> memoryview:
+    def gather_or_break(group: int, block_ids: tuple[int, ...], into: memoryview) -> None:
         if broken and broken.pop():
             raise MemoryError("no room for a copy")
-        return gather(group, block_ids)
+        gather(group, block_ids, into)
 
     producer.store.gather = gather_or_break  # type: ignore[method-assign, assignment]
     consumer.pull(producer.hold("first", 3), 1)
@@ -368,5 +371,5 @@ def test_two_hundred_handoffs_with_cancellation_leave_nothing(open_side: Open) -
     for name, theirs, ours in whole:
         assert consumer.pulls[name].failure is None
         assert consumer.content(*ours) == producer.content(*theirs)
-    assert "<Producer held=0 parked=0>" in repr(producer.port)
+    assert "<Producer held=0 parked=0 out=0>" in repr(producer.port)
     wait_for(lambda: "<Consumer pulling=0 announced=0>" in repr(consumer.port))

@@ -154,7 +154,7 @@ def test_reads_a_producer_refuses(label: str, read: dict[str, object], cause: Re
     whole = ReadBlocks(HandoffId("h"), EPOCH, LAYOUT.fingerprint, 0, 0, 1)
     (answer,) = pair.producer.handle(b"x", replace(whole, **read), pair.now)  # type: ignore[arg-type]
     assert isinstance(answer.message, Refused)
-    assert (answer.message.cause, answer.payload) == (cause, None)
+    assert (answer.message.cause, answer.frame) == (cause, None)
     assert pair.producer.counts[f"refused_{cause.value}"] == 1
     assert pair.producer.freed == []
 
@@ -394,7 +394,7 @@ def test_a_read_that_comes_before_its_hold_waits_for_it() -> None:
     pair = Pair()
     pair.pull(OURS)
     pair.settle()
-    assert repr(pair.producer) == "<Producer held=0 parked=2>"
+    assert repr(pair.producer) == "<Producer held=0 parked=2 out=0>"
     pair.tick(UNKNOWN_GRACE_S * 0.9)
     pair.hold(THEIRS)
     pair.tick()
