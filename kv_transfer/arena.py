@@ -112,7 +112,7 @@ class ArenaInlet:
         return cls(memory, shape) if (magic, found) == (_MAGIC, token) and is_whole else None
 
     def open(self, parcel: int, num_bytes: int, frame: memoryview | None) -> Payload | None:
-        if frame is not None or not 0 < num_bytes <= self._shape.slot_bytes or parcel < 0:
+        if frame is not None or not 0 < num_bytes <= self._shape.slot_bytes:
             return None
         start = self._shape.slot_at(parcel)
         content = self._memory[start : start + num_bytes]
@@ -127,4 +127,5 @@ class ArenaInlet:
             return False
         serial, slot = divmod(parcel, self._shape.num_slots)
         (found,) = _SERIAL.unpack_from(self._memory, _SERIALS_AT + slot * _SERIAL.size)
-        return bool(found == serial)
+        # A free slot is marked 0, and no parcel has that serial.
+        return bool(found == serial > 0)

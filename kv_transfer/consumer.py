@@ -213,8 +213,7 @@ class Consumer:
 
     def _proceed(self, active: _Active, asks: tuple[Read, ...]) -> Iterable[Order]:
         offer, taken = active.pull.offer, active.taken
-        # What is taken last goes back with the release.
-        self._active[offer.handoff_id] = replace(active, taken=()) if asks else active
+        self._active[offer.handoff_id] = replace(active, taken=())
         for read in asks:
             ask = ReadBlocks(
                 offer.handoff_id,
@@ -227,6 +226,9 @@ class Consumer:
             )
             taken = ()
             yield self._order(offer, ask)
+        # Reads on their way may be waiting for just this room; the release returns the rest.
+        if taken and active.handoff.asked:
+            yield self._order(offer, Renew(offer.handoff_id, offer.epoch, taken))
         if active.handoff.state is ConsumerState.LOADED:
             yield from self._end(active)
 

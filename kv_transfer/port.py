@@ -51,6 +51,8 @@ _MAX_REQUEST_BYTES = 64 << 10
 logger = logging.getLogger(__name__)
 
 Entry = TypeVar("Entry")
+# An endpoint and the epoch of whoever is expected there.
+Peer = tuple[str, int]
 
 
 class HandoffPort:
@@ -87,8 +89,8 @@ class HandoffPort:
         self._commands: deque[Callable[[], None]] = deque()
         self._freed: deque[str] = deque()
         self._pulls: deque[EndedPull] = deque()
-        self._links: dict[str, Link] = {}
-        self._lanes: dict[zmq.Socket[bytes], str] = {}
+        self._links: dict[Peer, Link] = {}
+        self._lanes: dict[zmq.Socket[bytes], Peer] = {}
         self._num_lanes = section.tcp_connections
         self._poller = zmq.Poller()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -158,8 +160,8 @@ class HandoffPort:
     def _run(self) -> None:
         while not self._is_closing:
             self._guard(self._turn)
-        for endpoint in list(self._links):
-            self._close_link(endpoint)
+        for peer in list(self._links):
+            self._close_link(peer)
         self._listener.close()
         for transport in self._transports.values():
             transport.close()
@@ -194,9 +196,9 @@ class HandoffPort:
         now = time.monotonic()
         self._answer(self.producer.tick(now))
         self._send(self.consumer.tick(now))
-        for endpoint, link in list(self._links.items()):
+        for peer, link in list(self._links.items()):
             if now - link.last_used > _IDLE_LINK_S:
-                self._close_link(endpoint)
+                self._close_link(peer)
 
     def _serve(self) -> None:
         frames = self._listener.recv_multipart()
@@ -237,26 +239,27 @@ class HandoffPort:
 
     def _send(self, orders: Iterable[Order]) -> None:
         for order in orders:
-            link = self._links.get(order.endpoint)
+            peer = order.endpoint, order.message.epoch
+            link = self._links.get(peer)
             if link is None:
-                open_lane = functools.partial(self._open_lane, order.endpoint)
-                link = Link(self._transports, self._num_lanes, open_lane)
-                self._links[order.endpoint] = link
+                open_lane = functools.partial(self._open_lane, peer)
+                link = Link(peer[1], self._transports, self._num_lanes, open_lane)
+                self._links[peer] = link
             link.send(order.message, time.monotonic())
 
-    def _open_lane(self, endpoint: str) -> zmq.Socket[bytes]:
+    def _open_lane(self, peer: Peer) -> zmq.Socket[bytes]:
         lane = self._socket(zmq.DEALER, MAX_FRAME_BYTES)
         try:
-            lane.connect(endpoint)
+            lane.connect(peer[0])
         except zmq.ZMQError:
             lane.close()
             raise
         self._poller.register(lane, zmq.POLLIN)
-        self._lanes[lane] = endpoint
+        self._lanes[lane] = peer
         return lane
 
-    def _close_link(self, endpoint: str) -> None:
-        link = self._links.pop(endpoint)
+    def _close_link(self, peer: Peer) -> None:
+        link = self._links.pop(peer)
         for lane in link.lanes:
             self._poller.unregister(lane)
             del self._lanes[lane]

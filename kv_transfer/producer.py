@@ -146,6 +146,7 @@ class Producer:
         elif message.epoch != self._epoch:
             self.counts[f"refused_{Refusal.STALE_EPOCH.value}"] += 1
         elif isinstance(message, Renew):
+            self._parcels.take_back(message.handoff_id, message.taken)
             if message.handoff_id in self._held:
                 self._leases.touch(message.handoff_id, now)
         elif isinstance(message, Release):

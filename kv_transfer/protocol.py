@@ -113,10 +113,11 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Renew:
-    """Consumer to producer: still wanted, not yet readable here; restart the lease."""
+    """Consumer to producer: still wanted; restart the lease. `taken` is as in a read."""
 
     handoff_id: HandoffId
     epoch: int
+    taken: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.engine import EndedPull
 from cluster.messages import Offer
@@ -173,7 +174,8 @@ class Pair:
 
     def answer(self, answers: Iterable[Answer]) -> None:
         for answer in answers:
-            payload = None if answer.frame is None else bytes(memoryview(answer.frame))
+            frame: Any = answer.frame
+            payload = None if frame is None else bytes(frame)
             self.to_consumer.append(Frame(CODEC.encode(answer.message), payload))
 
     def deliver_to_producer(self, frame: bytes) -> None:

@@ -45,7 +45,7 @@ MESSAGES = st.one_of(
     st.builds(ReadBlocks, IDS, INTS, st.text(max_size=40), INTS, INTS, INTS, VIAS, PARCELS),
     st.builds(Blocks, IDS, INTS, INTS, INTS, INTS, st.none() | INTS, INTS, WAYS, INTS),
     st.builds(Refused, IDS, st.sampled_from(Refusal), st.text(max_size=80)),
-    st.builds(Renew, IDS, INTS),
+    st.builds(Renew, IDS, INTS, PARCELS),
     st.builds(Release, IDS, INTS, st.booleans()),
 )
 OFFERS = st.builds(
