@@ -79,19 +79,24 @@ class Arena:
             slot = parcel % self._shape.num_slots
             self._mark(slot, 0)
             self._free.append(slot)
-            # A late write is an error, and a kept reference keeps no memory; one that broke in
-            # the middle of a copy may still have a view of its own.
-            with suppress(BufferError):
-                stage.buffer.release()
+            _release(stage.buffer)
 
     def close(self) -> None:
-        """Take every slot back; the memory goes with its last view."""
-        for parcel in list(self._stages):
-            self.free(parcel)
+        """Let go of the memory; what was announced stays readable where it is mapped."""
+        for stage in self._stages.values():
+            _release(stage.buffer)
+        self._stages.clear()
         self._memory = memoryview(b"")
 
     def _mark(self, slot: int, serial: int) -> None:
         _SERIAL.pack_into(self._memory, _SERIALS_AT + slot * _SERIAL.size, serial)
+
+
+def _release(buffer: memoryview) -> None:
+    """Make late writes an error, and see that a kept reference keeps no memory."""
+    # A copy that broke in the middle may still have a view of its own.
+    with suppress(BufferError):
+        buffer.release()
 
 
 class ArenaInlet:
