@@ -1,8 +1,9 @@
 """Equal slots in one piece of memory that producer and consumers see: who may write which.
 
 Layout: a page of header - magic, token, bytes per slot, number of slots, then the *serial* of
-what is in each slot - half a page, and the slots. A serial is never used twice and changes before a slot is
-written again, so a reader that finds it unchanged after reading has read what was announced.
+what is in each slot - half a page, and the slots. A serial is never used twice and changes
+before a slot is written again, so a reader that finds it unchanged after reading has read what
+was announced.
 """
 
 import random
