@@ -114,6 +114,9 @@ class Pin:
     reason: str
 
 
+_STAMPS = ("decided_at", "last_out_at", "last_in_at", "bypassed_at", "breached_at")
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyState:
     """What one decision leaves to the next; times are Unix seconds, None for never.
@@ -143,6 +146,21 @@ class PolicyState:
             "size_before_in": None if before is None else before.as_document(),
             "pin": None if pin is None else [pin.sizes.as_document(), pin.reason],
         }
+
+    def by_clock(self, now: float, backoff_s: float) -> Self:
+        """Return the state with no stamp after `now`, nor a backoff that begins after it.
+
+        A clock that was set back leaves stamps in the future; cooldowns on them would last until
+        the clock has caught up. As if they had happened just now they last their length.
+        """
+        stamps = {name: getattr(self, name) for name in _STAMPS}
+        late: dict[str, Any] = {
+            name: now for name, at in stamps.items() if at is not None and at > now
+        }
+        until = self.backoff_until
+        if until is not None and until > now + backoff_s:
+            late["backoff_until"] = now + backoff_s
+        return dataclasses.replace(self, **late)
 
     @classmethod
     def from_document(cls, document: Mapping[str, Any]) -> Self:

@@ -16,7 +16,11 @@ _DAY_MIN = 24 * 60
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What every law may look at; `latency` is the worst latency over its objective."""
+    """What every law may look at; `latency` is the worst latency over its objective.
+
+    `set_back_s` is by how much the clock is behind the last decision; no stamp of `state` is in
+    the future.
+    """
 
     config: AutoscalerSection
     state: PolicyState
@@ -27,6 +31,7 @@ class Facts:
     ratio: Ratio
     limits: Limits
     window: CalendarWindow | None
+    set_back_s: float = 0.0
 
     @property
     def current(self) -> Sizes:

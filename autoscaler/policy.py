@@ -42,8 +42,7 @@ def decide(
 ) -> tuple[Decision, PolicyState]:
     """Return the sizes from `now` on and the state for the next decision."""
     facts = _look(config, state, snapshot, now)
-    has_stood = state.decided_at is not None and now <= state.decided_at
-    if has_stood and state.pin is None:
+    if state.decided_at == now and state.pin is None:
         plan = Plan(Driver.NOTHING, None, state.target, "no time has passed since the last")
         return _decision(facts, plan), state
     plan = (
@@ -58,6 +57,8 @@ def decide(
 
 
 def _look(config: AutoscalerSection, state: PolicyState, snapshot: Snapshot, now: float) -> Facts:
+    decided_at = now if state.decided_at is None else state.decided_at
+    state = state.by_clock(now, config.scaled(config.backoff_s))
     return Facts(
         config=config,
         state=state,
@@ -68,6 +69,7 @@ def _look(config: AutoscalerSection, state: PolicyState, snapshot: Snapshot, now
         ratio=_ratio(config, state, snapshot, now),
         limits=Limits.configured(config, snapshot.worker_gpus),
         window=calendar_window(config, now),
+        set_back_s=max(0.0, decided_at - now),
     )
 
 
@@ -200,6 +202,8 @@ def _decision(facts: Facts, plan: Plan) -> Decision:
     final, action = plan.sizes, _action(facts, plan)
     moved = f"{facts.current} stays" if final == facts.current else f"{facts.current} to {final}"
     laws_at_work = f"; {plan.clamps[-1].name}: {plan.clamps[-1].reason}" if plan.clamps else ""
+    if facts.set_back_s:
+        laws_at_work += f"; the clock was set back {facts.set_back_s:.4g} s: cooldowns begin anew"
     return Decision(
         now=facts.now,
         inputs=_inputs(facts),

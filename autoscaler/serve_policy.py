@@ -102,15 +102,17 @@ class PrefillDecodePolicy:
         state = PolicyState(pools.targets) if saved is None else PolicyState.from_document(saved)
         self._signals = self._signals or Signals(config)
         known_until = pools.known_until()
-        if known_until > self._known_until:
+        if known_until > self._known_until or self._known_until > now:
             self._known_until = known_until
             self._signals.add(pools.load(known_until))
-        if config.mode == "off" or now < self._next_at:
+        period_s = config.scaled(config.decision_period_s)
+        # More than a period to go: the clock has been set back since.
+        if config.mode == "off" or 0 < self._next_at - now <= period_s:
             return state
-        self._next_at = now + config.scaled(config.decision_period_s)
+        self._next_at = now + period_s
         snapshot = self._signals.read(now)
         decision, after = decide(config, state, snapshot, now)
-        self._decisions(config).append(snapshot, state, decision)
+        self._decisions(config).append(config, snapshot, state, decision)
         self._tell(config, decision)
         return after
 

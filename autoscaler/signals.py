@@ -93,6 +93,20 @@ class Snapshot:
         return cls(**fields, worker_gpus=(float(prefill_gpus), float(decode_gpus)))
 
 
+def known_signals(snapshot: Snapshot) -> dict[str, float]:
+    """Return the readings that are known, by the name the configuration gives each."""
+    readings = {
+        "decode_tps": snapshot.decode_tps,
+        "prefill_tps": snapshot.prefill_tps,
+        "decode_util": snapshot.decode_util,
+        "prefill_util": snapshot.prefill_util,
+        "ttft": snapshot.ttft_s,
+        "tbt": snapshot.tbt_s,
+        "arrivals": snapshot.arrivals_per_s,
+    }
+    return {name: value for name, value in readings.items() if not isinstance(value, Missing)}
+
+
 _READINGS = tuple(f.name for f in dataclasses.fields(Snapshot) if f.type == Reading)
 
 

@@ -130,6 +130,10 @@ class RouterSection(Section):
     host: str = Field("127.0.0.1", description="address the endpoint listens on")
     port: int = Field(8000, ge=1, le=65535, description="port the endpoint listens on")
     replicas: Count = Field(1, description="router replicas")
+    resources: dict[str, float] = Field(
+        default_factory=dict,
+        description="Ray resources a replica takes: pins it to nodes with them",
+    )
     proxy: Literal["haproxy", "serve"] = Field(
         "haproxy", description="HTTP proxy of a Ray started here; docs/deployment.md compares them"
     )
@@ -175,6 +179,19 @@ class ClusterSection(Section):
     )
 
 
+class TracingSection(Section):
+    """Traces of requests, by OpenTelemetry."""
+
+    endpoint: str | None = Field(
+        None,
+        pattern=r"^https?://",
+        description="OTLP/HTTP collector, as http://host:4318/v1/traces; default: no traces",
+    )
+    share: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="share traced of the requests that bring no trace of their own"
+    )
+
+
 class TandemConfig(Section):
     """The whole tree."""
 
@@ -187,6 +204,7 @@ class TandemConfig(Section):
     simulated: SimulatedSection = SimulatedSection()
     placement: PlacementSection = PlacementSection()
     autoscaler: AutoscalerSection = AutoscalerSection()
+    tracing: TracingSection = TracingSection()
 
     def pool(self, role: Role) -> PoolSection:
         return self.prefill if role is Role.PREFILL else self.decode
@@ -245,7 +263,12 @@ def parse_config(document: Any) -> TandemConfig:
     try:
         return TandemConfig.model_validate(document or {})
     except ValidationError as error:
-        raise ConfigError("; ".join(map(_fault_line, error.errors()))) from None
+        raise ConfigError(faults_of(error)) from None
+
+
+def faults_of(error: ValidationError) -> str:
+    """Return every fault with its path, on one line."""
+    return "; ".join(map(_fault_line, error.errors()))
 
 
 def _fault_line(fault: ErrorDetails) -> str:

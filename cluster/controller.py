@@ -12,19 +12,25 @@ import logging
 import time
 from collections import deque
 from collections.abc import Hashable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from cluster import reconcile
 from cluster.config import TandemConfig
+from cluster.controller_metrics import ControllerMetrics
 from cluster.controller_store import ControllerStore
 from cluster.errors import Unavailable
+from cluster.history import History
 from cluster.load import ClusterLoad, RouterLoad
 from cluster.members import Launcher
 from cluster.names import Role, RouterId
+from cluster.overview import scales, state_document
 from cluster.placer import Orders, Placer
+from cluster.pool_scaler import PoolScaler
 from cluster.pools import Pools
-from cluster.service import Counts
+from cluster.reconfigure import InForce, judge
+from cluster.service import Counts, service_of
 from cluster.snapshot import WorkerEntry
+from cluster.targets import Address, target_list
 from cluster.worker_spec import Parts, load
 from cluster.worker_state import (
     Desired,
@@ -44,29 +50,10 @@ YIELD_S = 60.0
 MAX_EVENTS = 200
 # A router that has not reported for this long is gone, and its latencies with it.
 _ROUTER_KEPT_S = 60.0
+# Routers report twice a second.
+ROUTER_TARGET_KEPT_S = 10.0
 
 logger = logging.getLogger(__name__)
-
-
-class PoolScaler(Protocol):
-    """What sizes the pools; `autoscaler.loop.Autoscaler` fills it."""
-
-    async def run(self) -> None: ...
-
-    def pin(self, sizes: Mapping[Role, int], reason: str) -> None: ...
-
-    def unpin(self) -> None: ...
-
-    def tick(self) -> object:
-        """Look at the load and decide if it is time to, or an order has come."""
-        ...
-
-    def decisions(self, after: int, limit: int) -> list[dict[str, Any]]: ...
-
-    @property
-    def revision(self) -> Hashable: ...
-
-    def document(self) -> dict[str, Any]: ...
 
 
 class Controller:
@@ -84,8 +71,11 @@ class Controller:
         store: ControllerStore,
         bind_host: str | None = None,
         placer: Placer | None = None,
+        revision: float = 0.0,
     ) -> None:
         self._placer = placer
+        self._in_force = InForce(config, revision)
+        self._refused: str | None = None
         self._unplaced: tuple[str, ...] = ()
         self._placed_at = 0.0
         self._given_up: dict[str, Counts] = {}
@@ -101,6 +91,10 @@ class Controller:
         self._sizes = {Role.PREFILL: config.prefill.workers, Role.DECODE: config.decode.workers}
         self._scaler: PoolScaler | None = None
         self._routers: dict[RouterId, RouterLoad] = {}
+        self._router_targets: dict[RouterId, Address] = {}
+        self._metrics = ControllerMetrics(config)
+        self._history = History()
+        self._domains: Mapping[str, str] = {}
         self._listed: list[WorkerEntry] = []
         self._version = 1
         self._has_changed = asyncio.Event()
@@ -133,9 +127,19 @@ class Controller:
                     await self._has_changed.wait()
         return self._version
 
-    def record(self, load: RouterLoad) -> None:
-        """Take in what a router has seen so far."""
+    def record(self, load: RouterLoad, target: Address | None = None) -> None:
+        """Take in what a router has seen so far, and where its metrics are."""
         self._routers[load.router_id] = load
+        if target is not None:
+            self._router_targets[load.router_id] = target
+
+    def targets(self, own: Address) -> list[dict[str, Any]]:
+        """Return every process to scrape, as Prometheus's HTTP service discovery has it; `own`
+        is where the controller's metrics are."""
+        now, name = self.now(), self._config.cluster.name
+        fresh = {k: t for k, t in self._router_targets.items() if now - t.at < ROUTER_TARGET_KEPT_S}
+        self._router_targets = fresh
+        return target_list(name, own, fresh.values(), self._workforce.exporters())
 
     def scale(self, sizes: Mapping[Role, int] | None) -> None:
         """Order sizes by hand, None to leave them to the load again."""
@@ -147,6 +151,27 @@ class Controller:
             self._scaler.pin(sizes, "by hand")
             # A standby is to serve within a second: the order does not wait for the next sample.
             self._scaler.tick()
+
+    def reconfigure(self, offered: InForce) -> TandemConfig:
+        """Go by a configuration that was deployed later, if its workers are those there are.
+
+        Return the one in force.
+        """
+        verdict = judge(self._in_force, offered, self._sizes)
+        if self._scaler is None or verdict is None:
+            return self._config
+        self._in_force, self._refused = verdict.in_force, verdict.refused
+        if verdict.note is not None:
+            self._note(verdict.note)
+        if verdict.sizes is not None:
+            self._config = config = offered.config
+            self._workforce.reconfigure(config)
+            self._metrics.reconfigure(config)
+            if self._placer is not None:
+                self._placer.reconfigure(service_of(config, Counts(*config.autoscaler.ratio_pair)))
+            self._scaler.reconfigure(config, verdict.sizes, "the deployed configuration says so")
+            self._wake.set()
+        return self._config
 
     def decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
         return self._scaler.decisions(after, limit) if self._scaler else []
@@ -166,6 +191,8 @@ class Controller:
             "epoch": self._epoch,
             "autoscaler": self._config.autoscaler.mode,
             "desired": {role.value: n for role, n in self._sizes.items()},
+            "pinned": self._scaler.pinned if self._scaler else None,
+            "unwritten_decisions": self._scaler.num_unwritten if self._scaler else 0,
             "bounds": {
                 "prefill": [scaling.min_prefill, scaling.max_prefill],
                 "decode": [scaling.min_decode, scaling.max_decode],
@@ -177,10 +204,21 @@ class Controller:
             },
             "workers": self._workforce.describe(),
             "unplaced": [*self._yields(), *self._unplaced],
+            "refused": self._refused,
             "events": list(self._events),
             "failed_starts": {r.value: t.reason for r, t in observed.failed_starts.items()},
             "failed_proofs": {"->".join(p): t.reason for p, t in observed.failed_proofs.items()},
         }
+
+    def state(self) -> dict[str, Any]:
+        """Return the status beside load, signal and latencies, JSON-able."""
+        scaling = self._scaler.view() if self._scaler else None
+        recent = self._history.recent()
+        return state_document(self.status(), self.load(), scaling, recent, self._domains)
+
+    def history(self, after: int) -> dict[str, Any]:
+        """Return the samples later than Unix second `after`, JSON-able."""
+        return self._history.document(after)
 
     def _note(self, event: str) -> None:
         logger.info("%s", event)
@@ -214,6 +252,7 @@ class Controller:
         scaling = asyncio.create_task(self._scaler.run())
         try:
             while not self._is_stopping:
+                self._heed_clock()
                 self._workforce.drop_silent()
                 if scaling.done():
                     scaling.result()
@@ -222,6 +261,8 @@ class Controller:
                     break
                 await self._act()
                 self._announce()
+                self._show()
+                self._sample()
                 await self._pause()
         finally:
             scaling.cancel()
@@ -230,6 +271,13 @@ class Controller:
             logger.warning("a later controller has taken over from epoch %d", self._epoch)
             await self._workforce.let_go()
 
+    def _heed_clock(self) -> None:
+        """A clock that was set back leaves stamps in the future: what waits on them would wait
+        until it has caught up."""
+        now = self.now()
+        self._placed_at, self._yielded_at = min(self._placed_at, now), min(self._yielded_at, now)
+        self._workforce.heed_clock(now)
+
     def _announce(self) -> None:
         """Let routers that follow know if the list has changed."""
         if (listed := self.workers()) != self._listed:
@@ -237,6 +285,18 @@ class Controller:
             self._version += 1
             self._has_changed.set()
             self._has_changed = asyncio.Event()
+
+    def _show(self) -> None:
+        """Export where things stand, at every turn of the loop."""
+        assert self._scaler is not None
+        self._metrics.show(self._workforce.observe(), self._sizes, self._scaler, self.now())
+        self._metrics.show_surroundings(self._epoch, len(self._routers), len(self._unplaced))
+
+    def _sample(self) -> None:
+        if self._scaler is not None and self._history.is_due(self.now()):
+            load = self.load()
+            seen = scales(load, self._sizes, self._scaler.view())
+            self._history.add(load.at, load.routers, seen)
 
     async def _pause(self) -> None:
         try:
@@ -250,7 +310,7 @@ class Controller:
     async def _take_office(self) -> None:
         """Claim an epoch and go on from what the controller before wrote down."""
         self._epoch = await asyncio.to_thread(self._store.claim_epoch)
-        for name in ("sizes", "workforce"):
+        for name in ("config", "sizes", "workforce"):
             self._saved[name] = await asyncio.to_thread(self._store.load, name)
         decided = await asyncio.to_thread(self._store.load, "autoscaler")
         if self._saved["sizes"] is not None:
@@ -272,6 +332,7 @@ class Controller:
             await asyncio.to_thread(self._store.save, "autoscaler", self._scaler.document())
             self._saved_revision = revision
         notes = {
+            "config": self._in_force.as_document(),
             "sizes": {role.value: n for role, n in self._sizes.items()},
             "workforce": self._workforce.as_document(),
         }
@@ -311,6 +372,7 @@ class Controller:
         workers = self._workforce.placed()
         orders = await asyncio.to_thread(self._placer.plan, workers, wanted, self._placed_at)
         self._workforce.value_nodes(orders.values)
+        self._domains = orders.domains
         self._give_up(orders)
         for worker_id in orders.stranded:
             self._workforce.give_up_claim(worker_id, "the node it was to start on is gone")

@@ -47,3 +47,12 @@ class RequestInvalid(TandemError):
 
 class StartFailed(TandemError):
     """A worker's process or engine did not start; the message is what it said."""
+
+
+def summarise(error: BaseException) -> str:
+    """Return the one line that tells what went wrong, without a remote traceback."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        return summarise(cause)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -51,7 +51,8 @@ class WorkerLoad:
 
 @dataclass(frozen=True, slots=True)
 class RouterLoad:
-    """One router: `prompt_tokens` of arrived requests, `output_tokens` of finished ones."""
+    """One router: `prompt_tokens` of arrived requests, `output_tokens` of finished ones,
+    `handoffs` with the bytes that decode received, and those that failed."""
 
     router_id: RouterId
     at: float
@@ -60,6 +61,9 @@ class RouterLoad:
     failed: int = 0
     prompt_tokens: int = 0
     output_tokens: int = 0
+    handoffs: int = 0
+    handoff_bytes: int = 0
+    handoff_failures: int = 0
     ttft: LatencyCounts = field(default_factory=LatencyCounts)
     tbt: LatencyCounts = field(default_factory=LatencyCounts)
 

@@ -128,6 +128,8 @@ class Member:
             "worker_id": self.worker_id,
             "role": self.role.value,
             "state": self.state.value,
+            "since": self.since,
+            "is_spare": self.is_spare,
             "node": self.seat.node if self.seat else None,
             "pid": self.seat.pid if self.seat else None,
             "cpus": list(self.cpus),
@@ -184,6 +186,11 @@ class History:
         earlier = self.failed_starts.get(role)
         failures = earlier.failures + 1 if earlier else 1
         self.failed_starts[role] = Trouble(failures, now, reason)
+
+    def heed_clock(self, now: float) -> None:
+        """Let nothing have failed later than now."""
+        self.failed_proofs = {k: t.by_clock(now) for k, t in self.failed_proofs.items()}
+        self.failed_starts = {k: t.by_clock(now) for k, t in self.failed_starts.items()}
 
     def forget(self, worker_id: WorkerId) -> None:
         self.proven = {pair for pair in self.proven if worker_id not in pair}

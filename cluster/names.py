@@ -20,6 +20,15 @@ class Role(enum.StrEnum):
         return Role.DECODE if self is Role.PREFILL else Role.PREFILL
 
 
+class Component(enum.StrEnum):
+    """What a process is, and so what it exports; every process exports `EVERY`."""
+
+    ROUTER = "router"
+    WORKER = "worker"
+    CONTROLLER = "controller"
+    EVERY = "every"
+
+
 class Stage(enum.StrEnum):
     """Where a request is, as its record shows it."""
 

@@ -46,7 +46,8 @@ class Orders:
     workers that have to go, each with the reason, and those that wait for a node that is gone.
 
     `is_pressed`: a service of higher priority waits for workers that are leaving.
-    `values` has the class of each node's network domain: the higher, the sooner to be freed.
+    `values` has the class of each node's network domain: the higher, the sooner to be freed;
+    `domains` the domain's path down to the S1 switch, empty without labels.
     """
 
     slots: tuple[Slot, ...] = ()
@@ -55,6 +56,7 @@ class Orders:
     stranded: tuple[WorkerId, ...] = ()
     is_pressed: bool = False
     values: Mapping[str, int] = field(default_factory=dict)
+    domains: Mapping[str, str] = field(default_factory=dict)
 
 
 class Placer(Protocol):
@@ -64,6 +66,10 @@ class Placer(Protocol):
 
     def record(self, workers: Sequence[PlacedWorker], wanted: Counts, now: float) -> None:
         """Tell the others of the workers that have been started, and what is still wanted."""
+        ...
+
+    def reconfigure(self, service: Service) -> None:
+        """Plan for the same service under other terms."""
         ...
 
     def withdraw(self) -> None:
@@ -208,6 +214,9 @@ class SharedPlacer:
     def record(self, workers: Sequence[PlacedWorker], wanted: Counts, now: float) -> None:
         self._write(Needs(now, self._service, tuple(workers), wanted))
 
+    def reconfigure(self, service: Service) -> None:
+        self._service = service
+
     def withdraw(self) -> None:
         self._store.delete(self._key)
 
@@ -256,6 +265,7 @@ class SharedPlacer:
             ),
             is_pressed,
             {node_id: int(topology.value(node_id)) for node_id in topology.nodes},
+            {node_id: node.network for node_id, node in topology.nodes.items()},
         )
 
     def _write(self, needs: Needs) -> None:

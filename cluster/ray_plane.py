@@ -21,12 +21,15 @@ from cluster.config import TandemConfig
 from cluster.controller import Controller
 from cluster.controller_store import ControllerStore
 from cluster.errors import Fenced
+from cluster.exporter import Exporter
 from cluster.load import RouterLoad
-from cluster.names import Role, WorkerId
+from cluster.names import Component, Role, WorkerId
 from cluster.placer import SharedPlacer, bundle_of, worker_name
 from cluster.ray_store import RayStore
+from cluster.reconfigure import InForce
 from cluster.service import Counts, RoleNeed, pool_need, service_of
 from cluster.snapshot import WorkerEntry
+from cluster.targets import Address
 from cluster.topology import Node, gpu_type_label, nodes_from_ray
 from cluster.worker_actor import WorkerActor
 from cluster.worker_spec import Parts, Seat, WorkerSpec
@@ -176,13 +179,19 @@ class ControllerActor:
         self._name = controller_name(config.cluster.name)
         self._app_name = app_name
         self._following: asyncio.Task[None] | None = None
-        launcher = RayLauncher(config, env)
         values = RayStore()
         store = ControllerStore(values, config.cluster.name)
+        # What an earlier controller went by holds: its workers were made for that.
+        in_force = InForce.from_document(store.load("config")) or InForce(config)
+        config = in_force.config
+        launcher = RayLauncher(config, env)
         service = service_of(config, Counts(*config.autoscaler.ratio_pair))
         placer = SharedPlacer(service, values, RayInventory())
-        self._controller = Controller(config, parts, launcher, store, bind_host, placer)
+        self._controller = Controller(
+            config, parts, launcher, store, bind_host, placer, in_force.revision
+        )
         self._loop: asyncio.Task[None] | None = None
+        self._exporter = Exporter(Component.CONTROLLER, bind_host or ray.util.get_node_ip_address())
 
     async def run(self) -> None:
         """Start the loop unless it runs; a constructor has no event loop to start it in.
@@ -209,14 +218,18 @@ class ControllerActor:
             await asyncio.sleep(RESTART_PAUSE_S)
             os._exit(1)
 
-    async def follow(self, load: dict[str, Any], known_version: int) -> dict[str, Any]:
-        """Take in a router's load; return the workers it may use and whether all is well.
+    async def follow(
+        self, load: dict[str, Any], known_version: int, exporter: str = "", node: str = ""
+    ) -> dict[str, Any]:
+        """Take in a router's load and where its metrics are; return the workers it may use and
+        whether all is well.
 
         Answers at once if the list is another one than that of `known_version`, else when it
         changes, and in any case after half a second.
         """
         await self.run()
-        self._controller.record(RouterLoad.from_document(load))
+        target = Address(exporter, node, self._controller.now()) if exporter else None
+        self._controller.record(RouterLoad.from_document(load), target)
         version = await self._controller.wait_for_change(known_version, FOLLOW_S)
         workers = [entry.as_document() for entry in self._controller.workers()]
         return {"version": version, "workers": workers, "health": self._controller.health()}
@@ -225,9 +238,29 @@ class ControllerActor:
         await self.run()
         return self._controller.status()
 
+    async def reconfigure(self, offered: InForce) -> TandemConfig:
+        """Go by a configuration that was deployed later, if it can be; return the one in force."""
+        await self.run()
+        return self._controller.reconfigure(offered)
+
     async def decisions(self, after: int, limit: int) -> list[dict[str, Any]]:
         await self.run()
         return self._controller.decisions(after, limit)
+
+    async def targets(self) -> list[dict[str, Any]]:
+        """Return every process of the deployment that can be scraped, this one included."""
+        await self.run()
+        node = str(ray.get_runtime_context().get_node_id())
+        now = self._controller.now()
+        return self._controller.targets(Address(self._exporter.address, node, now))
+
+    async def state(self) -> dict[str, Any]:
+        await self.run()
+        return self._controller.state()
+
+    async def history(self, after: int) -> dict[str, Any]:
+        await self.run()
+        return self._controller.history(after)
 
     async def scale(self, prefill: int, decode: int) -> None:
         """Hold both pools at these sizes, whatever the load."""
@@ -255,6 +288,7 @@ class ControllerActor:
         await self._controller.drain_and_stop()
         if self._loop is not None:
             await asyncio.gather(self._loop, return_exceptions=True)
+        await asyncio.to_thread(self._exporter.close)
 
 
 def _app_exists(name: str) -> bool:

@@ -13,7 +13,7 @@ class WorkerEntry:
     """One worker as the controller lists it, once it has passed its warm-up.
 
     `epoch` names one life of the worker's engine; `domain` its network domain, empty where the
-    cluster has no such labels.
+    cluster has no such labels; `exporter` is "host:port" of its metrics.
     """
 
     worker_id: WorkerId
@@ -22,6 +22,7 @@ class WorkerEntry:
     epoch: int
     node: str
     domain: str = ""
+    exporter: str = ""
 
     def as_document(self) -> dict[str, object]:
         return {**dataclasses.asdict(self), "role": self.role.value}

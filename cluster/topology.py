@@ -68,6 +68,12 @@ class Node:
         path = (self.logical_cluster, self.s2, self.s1)
         return "/".join(path[: {Level.CLUSTER: 1, Level.S2: 2, Level.S1: 3}[level]])
 
+    @property
+    def network(self) -> str:
+        """The domain of the S1 switch, empty where the node has no network labels."""
+        domain = self.domain(Level.S1)
+        return "" if set(domain.split("/")) == {DEFAULT_DOMAIN} else domain
+
 
 class Topology:
     """The tree of one moment; built anew for each placement cycle."""

@@ -15,6 +15,7 @@ import zmq.asyncio
 
 from cluster.engine import Engine, EngineFacts, EngineLoad, EngineOutput
 from cluster.errors import RequestInvalid
+from cluster.exporter import Exporter
 from cluster.messages import (
     Cancel,
     ChangeRole,
@@ -27,10 +28,13 @@ from cluster.messages import (
     WorkerMessage,
     WorkerSnapshot,
 )
-from cluster.names import RequestId, Role
+from cluster.metrics import BUSY_SECONDS
+from cluster.names import Component, RequestId, Role
 from cluster.request_plane import WorkerSocket
 from cluster.roles import Ending, WorkerRole
 from cluster.snapshot import WorkerEntry
+from cluster.stages import without_times
+from cluster.worker_metrics import WorkerMetrics
 from cluster.worker_spec import WorkerSpec, load
 
 _WATCH_S = 0.5
@@ -64,6 +68,7 @@ class _Work:
     def set_busy(self, is_busy: bool, now: float) -> None:
         if self.busy_since is not None:
             self.busy_s += now - self.busy_since
+            BUSY_SECONDS.inc(now - self.busy_since)
         self.busy_since = now if is_busy else None
 
 
@@ -77,6 +82,7 @@ class Worker:
         self._next_role: Role | None = None
         self._controller_epoch = 0
         self._work = _Work()
+        self._metrics = WorkerMetrics(spec.config.handoff)
         self._engine: Engine = load(spec.engine)(spec)
         self._peers: dict[bytes, _Peer] = {}
         self._owners: dict[RequestId, bytes] = {}
@@ -93,12 +99,15 @@ class Worker:
         """Start the engine and listen; raise what made the engine fail."""
         self._facts: EngineFacts = await self._engine.start()
         self._socket = WorkerSocket(zmq.asyncio.Context.instance(), self._spec.bind_host)
+        # Not before the engine is up: its processes may be forked from this one.
+        self._exporter = Exporter(Component.WORKER, self._spec.bind_host)
         return WorkerEntry(
             worker_id=self._spec.worker_id,
             role=self._spec.role,
             endpoint=self._socket.endpoint,
             epoch=self._facts.epoch,
             node=self._spec.bind_host,
+            exporter=self._exporter.address,
         )
 
     async def run(self) -> None:
@@ -118,6 +127,7 @@ class Worker:
             await self._fail_all()
             self._socket.close()
             await self._engine.stop()
+            await asyncio.to_thread(self._exporter.close)
 
     async def stop(self) -> None:
         """End `run`: open requests fail, the engine's processes end."""
@@ -146,25 +156,29 @@ class Worker:
             await self._socket.send(peer, [self._snapshot(await self._engine.load())])
         elif isinstance(message, Cancel):
             if self._owners.get(message.request_id) == peer:
-                await self._end(self._role.cancel(message.request_id))
+                await self._cancel(message.request_id)
                 await self._forget(message.request_id)
         elif isinstance(message, ChangeRole):
             await self._change_role(message)
         else:
             await self._submit(peer, message)
 
+    async def _cancel(self, request_id: RequestId) -> None:
+        ending = self._role.cancel(request_id)
+        self._metrics.cancel(self._role_name, ending)
+        await self._end(ending)
+
     async def _submit(self, peer: bytes, message: Prefill | Decode) -> None:
         if message.request_id in self._owners:
-            taken = Rejected(message.request_id, "a request of this id is open here")
-            await self._socket.send(peer, [taken])
+            await self._reject(peer, message, "duplicate", "a request of this id is open here")
             return
         if self._next_role is not None:
-            leaving = Rejected(message.request_id, f"this worker leaves the {self._role_name} role")
-            await self._socket.send(peer, [leaving])
+            leaving = f"this worker leaves the {self._role_name} role"
+            await self._reject(peer, message, "leaving", leaving)
             return
         accepted = self._role.accept(message)
         if isinstance(accepted, Rejected):
-            await self._socket.send(peer, [accepted])
+            await self._reject(peer, message, "role", accepted.reason)
             return
         if not 0 < len(message.prompt_token_ids) <= self._facts.max_model_len:
             reason = f"{len(message.prompt_token_ids)} prompt tokens, 1 to "
@@ -176,7 +190,14 @@ class Worker:
             self._work.set_busy(True, time.monotonic())
         await self._engine.submit(accepted)
 
+    async def _reject(
+        self, peer: bytes, message: Prefill | Decode, cause: str, reason: str
+    ) -> None:
+        self._metrics.refuse(cause)
+        await self._socket.send(peer, [Rejected(message.request_id, reason)])
+
     async def _refuse(self, peer: bytes, failed: Failed) -> None:
+        self._metrics.refuse("invalid")
         self._role.cancel(failed.request_id)
         await self._socket.send(peer, [failed])
         await self._forget(failed.request_id)
@@ -202,7 +223,9 @@ class Worker:
             await self._socket.send(peer, [snapshot])
 
     def _snapshot(self, load: EngineLoad) -> WorkerSnapshot:
-        self._work.set_busy(bool(self._owners), time.monotonic())
+        now = time.monotonic()
+        self._work.set_busy(bool(self._owners), now)
+        self._metrics.show(load, len(self._owners), now)
         return WorkerSnapshot(
             worker_id=self._spec.worker_id,
             role=self._role_name,
@@ -217,7 +240,7 @@ class Worker:
             generated_tokens=self._work.generated_tokens,
             computed_prompt_tokens=self._work.computed_prompt_tokens,
             busy_s=self._work.busy_s,
-            counts=load.counts,
+            counts=without_times(load.counts),
         )
 
     # The engine.
@@ -232,6 +255,7 @@ class Worker:
         ended: list[RequestId] = []
         for output in outputs:
             self._work.count(self._role_name, output)
+            self._metrics.count(self._role_name, output)
             # An abort can cross a prompt's finish, and then comes after a change of role.
             is_prompt = output.offer is not None
             report = (self._roles[Role.PREFILL] if is_prompt else self._role).report(output)
@@ -272,7 +296,7 @@ class Worker:
         logger.warning("router %r is silent: ending its %d requests", peer, len(state.request_ids))
         del self._peers[peer]
         for request_id in list(state.request_ids):
-            await self._end(self._role.cancel(request_id))
+            await self._cancel(request_id)
             # A router that was only held up goes on, and must not wait for what was ended.
             ended = Failed(request_id, "engine", "ended: the router was silent")
             await self._socket.send(peer, [ended])

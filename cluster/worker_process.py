@@ -25,6 +25,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from cluster.errors import StartFailed, WorkerLost
+from cluster.last_words import LastWords, points_elsewhere
 from cluster.snapshot import WorkerEntry
 from cluster.worker_spec import WorkerSpec
 
@@ -64,10 +65,16 @@ class WorkerProcess:
 
     async def start(self) -> WorkerEntry:
         """Have it forked and started; raise `StartFailed` with what it says went wrong."""
+        words = LastWords()
         await self.fork()
         started = await self._receive()
         if started is None:
-            raise StartFailed("its process ended while the engine started")
+            cause = await asyncio.to_thread(words.cause)
+            said = f"; the last it wrote: {cause}" if cause else ""
+            raise StartFailed(f"its process ended while the engine started{said}")
+        if "error" in started and points_elsewhere(started["error"]):
+            cause = await asyncio.to_thread(words.cause)
+            started["error"] = cause or started["error"]
         self._raise_error(started)
         return WorkerEntry.from_document(started["entry"])
 

@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.names import Role, WorkerId
 
@@ -79,6 +79,10 @@ class Trouble:
     failures: int
     last_at: float
     reason: str
+
+    def by_clock(self, now: float) -> "Trouble":
+        """Return the same, not later than `now`: the clock may have been set back."""
+        return replace(self, last_at=min(self.last_at, now))
 
     @property
     def retry_at(self) -> float:

@@ -15,10 +15,11 @@ import zmq.asyncio
 
 from cluster.config import TandemConfig
 from cluster.cores import choose_cores
-from cluster.errors import Fenced, HandoffFailed
+from cluster.errors import Fenced, HandoffFailed, summarise
 from cluster.load import WorkerLoad
 from cluster.members import History, Launcher, Member
 from cluster.messages import ChangeRole
+from cluster.metrics import WORKER_FAILURES
 from cluster.names import Role, RouterId, WorkerId
 from cluster.request_plane import WorkerLink
 from cluster.service import PlacedWorker
@@ -104,6 +105,11 @@ class Workforce:
         loop_s = asyncio.get_running_loop().time()
         return [member.load(now, loop_s) for member in self._members.values()]
 
+    def exporters(self) -> list[WorkerEntry]:
+        """Return every worker that is up, listed or not, under the role it has now."""
+        up = (member for member in self._members.values() if member.state in _UP)
+        return [replace(each.entry, role=each.role) for each in up if each.entry]
+
     def placed(self) -> list[PlacedWorker]:
         """Return where workers are, as placement sees it."""
         placed = (member.placed() for member in self._members.values())
@@ -117,6 +123,10 @@ class Workforce:
             "members": [member.as_document() for member in self._members.values()],
             "last_number": {role.value: n for role, n in self._last_number.items()},
         }
+
+    def reconfigure(self, config: TandemConfig) -> None:
+        """Go by `config` with what is started or connected from now on."""
+        self._config = config
 
     # Taking over.
 
@@ -316,6 +326,12 @@ class Workforce:
         if member is not None and member.state is WorkerState.PENDING:
             self.stop(worker_id, reason, is_failure=False)
 
+    def heed_clock(self, now: float) -> None:
+        """Leave no stamp that lies in the future."""
+        for member in self._members.values():
+            member.since = min(member.since, now)
+        self._history.heed_clock(now)
+
     # Losing a worker.
 
     async def _watch(self, member: Member) -> None:
@@ -339,6 +355,7 @@ class Workforce:
 
     def _fail(self, member: Member, reason: str) -> None:
         self._note(f"{member.worker_id} failed: {reason}")
+        WORKER_FAILURES.labels(member.role.value).inc()
         if _is_new(member):
             why = f"{member.worker_id}: {reason}"
             self._history.count_failure(member.role, why, time.time())
@@ -350,6 +367,7 @@ class Workforce:
         member = self._members[worker_id]
         self._note(f"{worker_id} is stopped: {reason}")
         if is_failure:
+            WORKER_FAILURES.labels(member.role.value).inc()
             self._history.count_failure(member.role, reason, time.time())
         member.enter(WorkerState.STOPPING, time.time())
         self._spawn(self._stop(member))
@@ -426,12 +444,3 @@ async def _within(limit_s: float, work: Awaitable[None]) -> bool:
     except Exception as error:
         logger.info("worker did not stop by itself: %s", summarise(error))
     return True
-
-
-def summarise(error: BaseException) -> str:
-    """Return the one line that tells what went wrong, without a remote traceback."""
-    cause = getattr(error, "cause", None)
-    if isinstance(cause, BaseException):
-        return summarise(cause)
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -24,6 +24,7 @@ from cluster.ray_plane import find_controller, start_controller
 from cluster.worker_spec import Parts
 from deploy import signals
 from deploy.connect import connect
+from deploy.dashboard.pages import dashboard_pages
 from deploy.engines import AUTOSCALER, ENGINES, ROLES
 from deploy.local_ray import start_local_ray
 from deploy.ports import require_free
@@ -72,7 +73,7 @@ class Deployment:
         bind_host = "127.0.0.1" if self._config.cluster.address is None else None
         start = partial(start_controller, self._config, parts_of(self._config), env, bind_host)
         self._controller = start()
-        self._start_router(env, start)
+        self._start_router(env, start, bind_host)
         self._wait_until_serving(started_at)
 
     def _refuse_another_of_the_name(self) -> None:
@@ -121,7 +122,9 @@ class Deployment:
         header = "-H 'content-type: application/json'"
         return f"curl {self.url}/v1/completions {header} -d '{body}'"
 
-    def _start_router(self, env: dict[str, str], start_controller: Callable[[], Any]) -> None:
+    def _start_router(
+        self, env: dict[str, str], start_controller: Callable[[], Any], bind_host: str | None
+    ) -> None:
         router = self._config.router
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         # From here on there is something of ours in Serve; all of Serve only if it is new.
@@ -135,7 +138,11 @@ class Deployment:
         serve.run_many(
             [
                 serve.RunTarget(
-                    router_application(self._config, env, start_controller), self._session.name, "/"
+                    router_application(
+                        self._config, env, start_controller, dashboard_pages(), bind_host
+                    ),
+                    self._session.name,
+                    "/",
                 )
             ],
             wait_for_ingress_deployment_creation=False,

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
 
 from autoscaler.calibration import (
     Choice,
@@ -25,19 +24,21 @@ from autoscaler.ratio import Sizes
 from cluster.config import TandemConfig
 from cluster.errors import ConfigError, TandemError
 from deploy.calibration_plot import draw
-from deploy.client import context_of, model_of
 from deploy.config_edit import read_document, write_settings
 from deploy.controller_link import (
     ControllerLink,
+    NotReached,
     controller_of,
     desired_sizes,
     limits_of,
+    pinned_sizes,
     running_deployment,
     wait_for_sizes,
 )
+from deploy.loadtest.endpoint import discover
+from deploy.loadtest.prompts import FileTokenizer, PromptSource, read_text
 from deploy.pressure import Pressure, press
 from deploy.status import table
-from deploy.trace import FileTokenizer, PromptSource, read_text
 
 # One process cannot follow more streams than this without becoming the bottleneck itself.
 _MOST_CLIENTS = 512
@@ -82,7 +83,7 @@ def run(config: TandemConfig, plan: CalibrationPlan, say: Callable[[str], None] 
     state = running_deployment(config.cluster.name)
     _require_matching_signal(plan.config_out)
     pressure = _pressure(config, plan, state.url)
-    source = PromptSource(FileTokenizer(config.model.path), read_text(), Random(0))
+    source = PromptSource(FileTokenizer(config.model.path), read_text(), seed=0)
     sweep = Sweep()
 
     def measure(sizes: Sizes, clients: int) -> Measurement:
@@ -100,12 +101,13 @@ def run(config: TandemConfig, plan: CalibrationPlan, say: Callable[[str], None] 
 
 
 def _pressure(config: TandemConfig, plan: CalibrationPlan, url: str) -> Pressure:
-    needed, context = plan.input_tokens + plan.output_tokens, context_of(url)
-    if needed > context:
+    endpoint = discover(url)
+    needed, context = plan.input_tokens + plan.output_tokens, endpoint.context_tokens
+    if context is not None and needed > context:
         raise ConfigError(f"prompt and output of {needed} tokens exceed the context of {context}")
     quantile = config.autoscaler.latency_quantile
     lengths = (plan.input_tokens, plan.output_tokens)
-    return Pressure(url, model_of(url), *lengths, plan.duration_s, quantile)
+    return Pressure(endpoint, *lengths, plan.duration_s, quantile)
 
 
 def _require_matching_signal(path: Path) -> None:
@@ -125,8 +127,12 @@ def _sweep(
     sweep: Sweep,
     say: Callable[[str], None],
 ) -> None:
-    """Measure every split and leave the pools as they were, to the load."""
+    """Measure every split and leave the pools as they were: to the load, or held as by hand.
+
+    A split that does not come about carries nothing; the others are measured all the same.
+    """
     status = controller.status()
+    pinned = pinned_sizes(status)
     before, candidates = desired_sizes(status), splits(plan.total, limits_of(status))
     if not candidates:
         raise ConfigError(f"no split of {plan.total} workers is within the deployment's bounds")
@@ -134,12 +140,18 @@ def _sweep(
     try:
         for sizes in candidates:
             controller.scale(sizes)
-            wait_for_sizes(controller, sizes, config.cluster.start_timeout_s)
+            try:
+                wait_for_sizes(controller, sizes, config.cluster.start_timeout_s)
+            except NotReached as error:
+                say(f"  {error}")
+                sweep.results.append(SplitResult(sizes, None, str(error)))
+                continue
             _measure_split(sizes, plan, measure, sweep, say)
     finally:
-        controller.scale(before)
-        _wait_until_ordered(controller, before)
-        controller.unscale()
+        controller.scale(pinned or before)
+        if pinned is None:
+            _wait_until_ordered(controller, before)
+            controller.unscale()
 
 
 def _measure_split(

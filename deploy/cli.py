@@ -1,4 +1,4 @@
-"""The `tandem` command: starts, shows, sizes, calibrates and stops deployments."""
+"""The `tandem` command: starts, shows, sizes, calibrates, loads and stops deployments."""
 
 import argparse
 import json
@@ -16,6 +16,7 @@ from cluster.errors import ConfigError, TandemError
 from deploy import down as cleaning
 from deploy import signals
 from deploy.flags import OneLineParser, add_config_flags, config_from
+from deploy.loadtest.command import add_command as add_loadtest
 from deploy.session import open_session
 
 _STARTED_AT = time.monotonic()
@@ -56,6 +57,7 @@ def build_parser() -> OneLineParser:
         command.set_defaults(run=run, parser=command)
         _add_own_flags(name, command)
         add_config_flags(command)
+    add_loadtest(commands)
     return parser
 
 

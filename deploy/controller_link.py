@@ -7,7 +7,7 @@ from typing import Any
 
 from autoscaler.limits import Limits
 from autoscaler.ratio import Sizes
-from cluster.errors import TandemError, Unavailable
+from cluster.errors import TandemError, Unavailable, summarise
 from deploy.connect import connect_to
 from deploy.state import DeploymentState
 
@@ -39,7 +39,7 @@ class ControllerLink:
         try:
             return self._ray.get(answer, timeout=_TIMEOUT_S)
         except self._ray.exceptions.RayError as error:
-            raise _silent(self._name, error) from None
+            raise _unanswered(self._name, error) from None
 
 
 @contextmanager
@@ -55,17 +55,18 @@ def controller_of(state: DeploymentState) -> Iterator[ControllerLink]:
         try:
             actor = find_controller(state.name)
         except ValueError as error:
-            raise _silent(state.name, error) from None
+            raise _unanswered(state.name, error) from None
         yield ControllerLink(state.name, ray, actor)
     finally:
         ray.shutdown()
 
 
-def _silent(name: str, error: Exception) -> Unavailable:
-    # Ray adds a page of advice.
-    return Unavailable(
-        f"the controller of {name!r} does not answer: {str(error).partition(chr(10))[0]}"
-    )
+def _unanswered(name: str, error: Exception) -> Unavailable:
+    """Return what to tell the operator: the cause of what the controller raised, if it did."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, TandemError):
+        return Unavailable(f"the controller of {name!r}: {cause}")
+    return Unavailable(f"the controller of {name!r} does not answer: {summarise(error)}")
 
 
 def running_deployment(name: str) -> DeploymentState:
@@ -92,6 +93,11 @@ def limits_of(status: dict[str, Any]) -> Limits:
     )
 
 
+def pinned_sizes(status: dict[str, Any]) -> Sizes | None:
+    """Return the sizes ordered by hand, None while the load decides."""
+    return None if status["pinned"] is None else Sizes.from_document(status["pinned"])
+
+
 def missing_for(status: dict[str, Any], sizes: Sizes) -> str | None:
     """Return what still differs between the serving pools and `sizes`, None once they are it."""
     if desired_sizes(status) != sizes:
@@ -105,18 +111,22 @@ def missing_for(status: dict[str, Any], sizes: Sizes) -> str | None:
     return "; ".join([f"{now} serve and {flipping} change their role", *reasons])
 
 
+class NotReached(Unavailable):
+    """The pools did not get to sizes that the controller was ordered to keep."""
+
+
 def wait_for_sizes(
     link: ControllerLink,
     sizes: Sizes,
     limit_s: float,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Return once exactly these pools serve; raise `Unavailable` with what is missing."""
+    """Return once exactly these pools serve; raise `NotReached` with what is missing."""
     deadline = time.monotonic() + limit_s
     said = None
     while (missing := missing_for(link.status(), sizes)) is not None:
         if time.monotonic() > deadline:
-            raise Unavailable(f"{sizes} not there within {limit_s:.0f} s: {missing}")
+            raise NotReached(f"{sizes} not there within {limit_s:.0f} s: {missing}")
         if missing != said:
             said = missing
             say(missing)

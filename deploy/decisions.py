@@ -83,7 +83,7 @@ def _follow(state: DeploymentState, after: int) -> Iterator[dict[str, Any]]:
         try:
             page = _page(state.url, after)
         except Unavailable as error:
-            if DeploymentState.read(state.name) != state:
+            if DeploymentState.read(state.name) != state or _has_ended(state):
                 raise TandemError(f"the deployment {state.name!r} is gone") from None
             if not is_silent:
                 print(f"tandem: waiting: {error}", file=sys.stderr, flush=True)
@@ -94,6 +94,14 @@ def _follow(state: DeploymentState, after: int) -> Iterator[dict[str, Any]]:
         after = page[-1]["seq"] if page else after
         if len(page) < _PAGE:
             time.sleep(_POLL_S)
+
+
+def _has_ended(state: DeploymentState) -> bool:
+    """Return whether its launcher was killed: the Ray that it had started ended with it.
+
+    One on a cluster that was there before goes on without its launcher.
+    """
+    return state.temp_dir is not None and not state.launcher.is_alive
 
 
 def _page(url: str, after: int) -> list[dict[str, Any]]:

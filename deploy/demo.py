@@ -1,27 +1,24 @@
 """`tandem demo`: replays a slice of a real trace against a deployment and reports."""
 
-import asyncio
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import httpx
-from rich.progress import Progress
 
 from cluster.config import TandemConfig
-from deploy.client import context_of, stream
-from deploy.report import Replayed, faults, rows
-from deploy.trace import (
-    AZURE_CONVERSATIONS,
-    FileTokenizer,
-    PromptSource,
-    fit_lengths,
-    read_text,
-    read_trace,
-)
+from deploy.loadtest.command import show
+from deploy.loadtest.endpoint import discover
+from deploy.loadtest.live import watching
+from deploy.loadtest.pace import prepare
+from deploy.loadtest.prompts import FileTokenizer
+from deploy.loadtest.run import LoadPlan, run_load
+from deploy.loadtest.words import RequestRecord, WorkloadSpec
+from deploy.loadtest.workload import build
+from deploy.report import faults, rows
+from deploy.signals import Interrupted
 
 _MAX_OUTPUT = 128
 _REQUEST_TIMEOUT_S = 120.0
@@ -29,114 +26,47 @@ _REQUEST_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class DemoPlan:
-    """How much of the trace is replayed, and how fast."""
+    """How much of the trace is replayed, and how many times as fast."""
 
     num_requests: int
     rate_scale: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Send:
-    """A request ready to go out `at_s` seconds after the start."""
-
-    at_s: float
-    prompt: str
-    prompt_tokens: int
-    output_tokens: int
-
-
 def run(config: TandemConfig, url: str, plan: DemoPlan) -> int:
     """Replay, print the report, return the exit status: 1 if anything was lost or wasted."""
-    sends = prepare(config, plan, context_of(url))
+    endpoint = discover(url, config.model.name)
+    context = endpoint.context_tokens
+    assert context is not None, "our endpoints say it"
+    workload = f"azure:max_output={min(_MAX_OUTPUT, context // 4)}"
+    spec = WorkloadSpec(workload, time_scale=plan.rate_scale, num_requests=plan.num_requests)
+    sends = build(spec, FileTokenizer(config.model.path), context, Random(0))
+    print(f"dashboard: {url}/dashboard")
     print(f"replaying {len(sends)} requests over {sends[-1].at_s:.0f} s", flush=True)
-    started_at = time.monotonic()
-    replayed = asyncio.run(_replay(config.model.name, url, sends))
-    duration_s = time.monotonic() - started_at
-    _print_report(rows(replayed, duration_s))
-    wrong = faults(replayed)
+    jobs = prepare(endpoint, sends, None)
+    with watching("replay") as watch:
+        done = run_load(endpoint, jobs, LoadPlan(timeout_s=_REQUEST_TIMEOUT_S), watch)
+    if done.state == "interrupted":
+        raise Interrupted
+    routed = _routed(url, done.records)
+    show(rows(done.records, routed, done.duration_s))
+    wrong = faults(done.records, routed)
     for line in wrong:
         print(f"FAILED: {line}", file=sys.stderr)
     return 1 if wrong else 0
 
 
-def prepare(config: TandemConfig, plan: DemoPlan, context: int) -> list[_Send]:
-    """Return what to send: the trace's arrivals, and text of its lengths scaled to the model."""
-    trace = read_trace(AZURE_CONVERSATIONS, plan.num_requests)
-    fitted = fit_lengths(trace, context, min(_MAX_OUTPUT, context // 4))
-    source = PromptSource(FileTokenizer(config.model.path), read_text(), Random(0))
-    return [
-        _Send(
-            request.at_s / plan.rate_scale,
-            source.prompt(request.prompt_tokens),
-            request.prompt_tokens,
-            request.output_tokens,
-        )
-        for request in fitted
-    ]
-
-
-async def _replay(model: str, url: str, sends: Sequence[_Send]) -> list[Replayed]:
-    """Send every request at its time, whatever became of those before it."""
-    limits = httpx.Limits(max_connections=len(sends))
-    timeout = httpx.Timeout(_REQUEST_TIMEOUT_S)
-    async with httpx.AsyncClient(
-        base_url=url, limits=limits, timeout=timeout, trust_env=False
-    ) as client:
-        with _Progress(len(sends)) as advance:
-            started_at = time.monotonic()
-            work = (_one(client, model, send, started_at, advance) for send in sends)
-            return await asyncio.gather(*work)
-
-
-async def _one(
-    client: httpx.AsyncClient,
-    model: str,
-    send: _Send,
-    started_at: float,
-    advance: Callable[[], None],
-) -> Replayed:
-    replayed = Replayed(send.prompt_tokens, send.output_tokens, started_at + send.at_s)
-    await asyncio.sleep(replayed.scheduled_at - time.monotonic())
-    try:
-        exchange_id = await stream(client, model, send.prompt, replayed)
-        record = await client.get(f"/admin/requests/{exchange_id}")
-        replayed.record = record.json() if record.status_code == 200 else None
-    except (httpx.HTTPError, ValueError, KeyError) as error:
-        replayed.error = f"{type(error).__name__}: {error}"
-    advance()
-    return replayed
-
-
-class _Progress:
-    """A bar on a terminal, a line per tenth elsewhere. Yields the step function."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._num_done = 0
-        self._bar: Any = None
-
-    def __enter__(self) -> Callable[[], None]:
-        if sys.stdout.isatty():
-            self._bar = Progress()
-            self._bar.start()
-            self._task = self._bar.add_task("replay", total=self._total)
-        return self._advance
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def _advance(self) -> None:
-        self._num_done += 1
-        if self._bar is not None:
-            self._bar.advance(self._task)
-        elif self._num_done * 10 // self._total > (self._num_done - 1) * 10 // self._total:
-            print(f"  {self._num_done} of {self._total} requests done", flush=True)
-
-
-def _print_report(report: Sequence[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in report)
-    print()
-    for name, figure in report:
-        print(f"  {name.ljust(width)}  {figure}")
-    print(flush=True)
+def _routed(url: str, records: Sequence[RequestRecord]) -> dict[int, dict[str, Any]]:
+    """Return the router's own records of the requests, by index; those it has none of are left
+    out."""
+    routed = {}
+    with httpx.Client(base_url=url, timeout=_REQUEST_TIMEOUT_S, trust_env=False) as client:
+        for record in records:
+            if record.id is None:
+                continue
+            try:
+                answer = client.get(f"/admin/requests/{record.id}")
+                if answer.status_code == 200:
+                    routed[record.index] = answer.json()
+            except (httpx.HTTPError, ValueError):
+                continue
+    return routed

@@ -8,13 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import httpx
-
 from autoscaler.calibration import Measurement, Objectives
 from autoscaler.ratio import Sizes
-from deploy.client import stream
-from deploy.report import Replayed, percentile
-from deploy.trace import PromptSource
+from deploy.loadtest.client import Client
+from deploy.loadtest.endpoint import Endpoint
+from deploy.loadtest.measures import percentile
+from deploy.loadtest.prompts import PromptSource
+from deploy.loadtest.words import Outcome, RequestRecord, Send
 
 _REQUEST_TIMEOUT_S = 120.0
 _AFTER_FAILURE_S = 0.25
@@ -26,8 +26,7 @@ _SETTLE_SHARE = 0.5
 class Pressure:
     """What every client sends, and for how long it is measured; latencies at `quantile`."""
 
-    url: str
-    model: str
+    endpoint: Endpoint
     input_tokens: int
     output_tokens: int
     duration_s: float
@@ -46,60 +45,49 @@ def press(
     objectives: Objectives,
 ) -> Measurement:
     """Put the load of `clients` on pools of `sizes` and return what came of it."""
-    replayed, window = asyncio.run(_load(pressure, source, clients))
-    return measured(sizes, clients, replayed, window, objectives, pressure.quantile)
+    records, window = asyncio.run(_load(pressure, source, clients))
+    return measured(sizes, clients, records, window, objectives, pressure.quantile)
 
 
 async def _load(
     pressure: Pressure, source: PromptSource, clients: int
-) -> tuple[list[Replayed], tuple[float, float]]:
-    """Return every request and the window they are measured in, on the monotonic clock."""
-    replayed: list[Replayed] = []
-    started_at = time.monotonic()
-    window = (
-        started_at + pressure.settle_s,
-        started_at + pressure.settle_s + pressure.duration_s,
-    )
-    limits = httpx.Limits(max_connections=clients)
-    timeout = httpx.Timeout(_REQUEST_TIMEOUT_S)
-    async with httpx.AsyncClient(
-        base_url=pressure.url, limits=limits, timeout=timeout, trust_env=False
-    ) as http:
+) -> tuple[list[RequestRecord], tuple[float, float]]:
+    """Return every request and the window they are measured in, in seconds after the start."""
+    records: list[RequestRecord] = []
+    window = (pressure.settle_s, pressure.settle_s + pressure.duration_s)
+    async with Client(pressure.endpoint, _REQUEST_TIMEOUT_S) as client:
         # All within the first half: the last one needs time too.
         apart_s = pressure.settle_s / 2 / clients
         tasks = [
-            asyncio.create_task(_client(http, pressure, source, index * apart_s, replayed))
+            asyncio.create_task(_user(client, pressure, source, index * apart_s, records))
             for index in range(clients)
         ]
-        await asyncio.sleep(window[1] - time.monotonic())
+        await asyncio.sleep(client.zero + window[1] - time.monotonic())
         for task in tasks:
             task.cancel()
         ends = await asyncio.gather(*tasks, return_exceptions=True)
     for end in ends:
         if end is not None and not isinstance(end, asyncio.CancelledError):
             raise end
-    return replayed, window
+    return records, window
 
 
-async def _client(
-    http: httpx.AsyncClient,
+async def _user(
+    client: Client,
     pressure: Pressure,
     source: PromptSource,
     delay_s: float,
-    replayed: list[Replayed],
+    records: list[RequestRecord],
 ) -> None:
     await asyncio.sleep(delay_s)
     while True:
         prompt = source.prompt(pressure.input_tokens)
-        request = Replayed(pressure.input_tokens, pressure.output_tokens, time.monotonic())
-        replayed.append(request)
-        try:
-            await stream(http, pressure.model, prompt, request)
-            request.error = request.fault
-        except (httpx.HTTPError, ValueError, KeyError) as error:
-            request.error = f"{type(error).__name__}: {error}"
-        request.is_over = True
-        if request.error is not None:
+        now_s = time.monotonic() - client.zero
+        send = Send(now_s, prompt, pressure.output_tokens)
+        record = RequestRecord(len(records), send, now_s)
+        records.append(record)
+        await client.complete(record, client.endpoint.post(send, None))
+        if not record.is_completed:
             # Whoever is refused at once must not make a storm of it.
             await asyncio.sleep(_AFTER_FAILURE_S)
 
@@ -107,7 +95,7 @@ async def _client(
 def measured(
     sizes: Sizes,
     clients: int,
-    replayed: Sequence[Replayed],
+    records: Sequence[RequestRecord],
     window: tuple[float, float],
     objectives: Objectives,
     quantile: float,
@@ -118,40 +106,48 @@ def measured(
     are waited for longest nothing has been seen yet.
     """
     begin, end = window
-    waits = [_first_wait(request, window, objectives.ttft_s) for request in replayed]
-    gaps = [gap for request in replayed for gap in _gaps(request, window, objectives.tbt_s)]
-    tokens = sum(_tokens_by(each, end) - _tokens_by(each, begin) for each in replayed)
+    waits = [_first_wait(request, window, objectives.ttft_s) for request in records]
+    gaps = [gap for request in records for gap in _gaps(request, window, objectives.tbt_s)]
+    tokens = sum(_tokens_by(each, end) - _tokens_by(each, begin) for each in records)
     return Measurement(
         sizes,
         clients,
         tokens / (end - begin),
         _quantile([wait for wait in waits if wait is not None], quantile),
         _quantile(gaps, quantile),
-        sum(request.error is not None for request in replayed),
+        sum(_has_failed(request) for request in records),
     )
 
 
-def _first_wait(request: Replayed, window: tuple[float, float], objective_s: float) -> float | None:
+def _first_wait(
+    request: RequestRecord, window: tuple[float, float], objective_s: float
+) -> float | None:
     begin, end = window
-    if request.token_times and request.token_times[0] <= end:
-        return request.ttft_s if request.token_times[0] >= begin else None
-    waited_s = end - request.scheduled_at
-    return waited_s if waited_s > objective_s and request.error is None else None
+    if request.token_s and request.token_s[0] <= end:
+        return request.ttft_s if request.token_s[0] >= begin else None
+    waited_s = end - request.scheduled_s
+    return waited_s if waited_s > objective_s and not _has_failed(request) else None
 
 
-def _gaps(request: Replayed, window: tuple[float, float], objective_s: float) -> Iterator[float]:
+def _has_failed(request: RequestRecord) -> bool:
+    return request.outcome not in (Outcome.COMPLETED, Outcome.UNFINISHED)
+
+
+def _gaps(
+    request: RequestRecord, window: tuple[float, float], objective_s: float
+) -> Iterator[float]:
     begin, end = window
-    for earlier, later in itertools.pairwise(request.token_times):
+    for earlier, later in itertools.pairwise(request.token_s):
         if begin <= later <= end:
             yield later - earlier
-    if request.token_times and not request.is_over:
-        waited_s = end - request.token_times[-1]
+    if request.token_s and request.end_s is None:
+        waited_s = end - request.token_s[-1]
         if waited_s > objective_s:
             yield waited_s
 
 
-def _tokens_by(request: Replayed, moment: float) -> int:
-    index = bisect.bisect_right(request.token_times, moment)
+def _tokens_by(request: RequestRecord, moment: float) -> int:
+    index = bisect.bisect_right(request.token_s, moment)
     return request.token_counts[index - 1] if index else 0
 
 

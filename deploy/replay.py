@@ -1,6 +1,7 @@
 """`tandem replay`: recorded decisions through the policy again, as recorded or with other settings.
 
-The recorded load is what it was: under other settings the load would have answered otherwise.
+Settings come from the file; those given beside it are laid over them. The recorded load is what
+it was: under other settings the load would have answered otherwise.
 """
 
 import itertools
@@ -8,7 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from autoscaler.decision import Decision
-from autoscaler.decision_log import Record, canonical_json, parse_records, replay, rerun
+from autoscaler.decision_log import Record, canonical_json
+from autoscaler.recording import Recording, replay, rerun
 from cluster.autoscaler_config import AutoscalerSection
 from cluster.errors import ConfigError
 from deploy.decisions import stamp
@@ -19,12 +21,16 @@ def run(
     file: Path, config: AutoscalerSection, is_rerun: bool, say: Callable[[str], None] = print
 ) -> int:
     """Compare; return 1 if decisions that should be the same are not."""
-    records = read_records(file)
+    recording = read_recording(file)
+    if recording.torn:
+        lines = ", ".join(map(str, recording.torn))
+        say(f"{file}: left out what was cut off while it was written: line {lines}")
+    records, settings = recording.records, recording.under(config)
     if is_rerun:
-        for each in rerun_lines(records, config):
+        for each in rerun_lines(records, settings):
             say(each)
         return 0
-    different = first_difference(records, config)
+    different = first_difference(records, settings)
     if different is None:
         first, last = records[0].seq, records[-1].seq
         say(f"{len(records)} decisions (#{first} to #{last}) are identical, byte for byte")
@@ -34,22 +40,24 @@ def run(
     return 1
 
 
-def read_records(file: Path) -> list[Record]:
-    """Return the records of a decision file; raise `ConfigError` in one line."""
+def read_recording(file: Path) -> Recording:
+    """Return what a decision file holds; raise `ConfigError` in one line."""
     try:
-        records = parse_records(file.read_text())
+        recording = Recording.parse(file.read_text(errors="replace"))
     except OSError as error:
         raise ConfigError(f"{file}: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{file}: {error}") from None
-    if not records:
+    if not recording.records:
         raise ConfigError(f"{file}: holds no decision")
-    return records
+    return recording
 
 
-def first_difference(records: Sequence[Record], config: AutoscalerSection) -> list[str] | None:
+def first_difference(
+    records: Sequence[Record], settings: Sequence[AutoscalerSection]
+) -> list[str] | None:
     """Return, in lines, the first decision that comes out otherwise; None if none does."""
-    for record, decision in zip(records, replay(records, config), strict=True):
+    for record, decision in zip(records, replay(records, settings), strict=True):
         then, now = record.decision.as_document(), decision.as_document()
         if canonical_json(then) == canonical_json(now):
             continue
@@ -62,9 +70,9 @@ def first_difference(records: Sequence[Record], config: AutoscalerSection) -> li
     return None
 
 
-def rerun_lines(records: Sequence[Record], config: AutoscalerSection) -> Iterator[str]:
+def rerun_lines(records: Sequence[Record], settings: Sequence[AutoscalerSection]) -> Iterator[str]:
     """Yield what the settings would have decided otherwise, side by side, and what it came to."""
-    changed = rerun(records, config)
+    changed = rerun(records, settings)
     pairs = list(zip(records, changed, strict=True))
     differing = [(r, d) for r, d in pairs if _gist(r.decision) != _gist(d)]
     if differing:

@@ -1,100 +1,70 @@
-"""What a replay came to: sums, percentiles, and what is wrong with it. Pure."""
+"""What a replay on our own pools came to: where prompts' KV came from, and what is wrong. Pure."""
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
+
+from deploy.loadtest.measures import gaps_s, percentile
+from deploy.loadtest.words import RequestRecord
 
 # Decode recomputes the last prompt token to sample from; more means its KV cache did not arrive.
 _MAX_RECOMPUTED = 1
+_ORIGINS = ("transferred", "reused", "recomputed", "local")
+
+Routed = Mapping[int, Mapping[str, Any]]
 
 
-@dataclass(slots=True)
-class Replayed:
-    """One request as the client saw it, and the router's record of it.
+def routed_sum(record: Mapping[str, Any], *path: str) -> int:
+    """Add up one figure over a router record's sequences; absent ones count as nothing."""
+    total = 0
+    for sequence in record.get("sequences", []):
+        value: Any = sequence
+        for key in path:
+            value = (value or {}).get(key)
+        total += value or 0
+    return total
 
-    `token_times` is when answers with tokens came, `token_counts` the tokens received by then.
+
+def faults(records: Sequence[RequestRecord], routed: Routed) -> list[str]:
+    """Return everything that makes the run a failure, one line each.
+
+    `routed` are the router's own records of the requests, by index.
     """
-
-    prompt_tokens: int
-    output_tokens: int
-    scheduled_at: float
-    token_times: list[float] = field(default_factory=list)
-    token_counts: list[int] = field(default_factory=list)
-    received_tokens: int = 0
-    is_over: bool = False
-    error: str | None = None
-    record: Mapping[str, Any] | None = None
-
-    @property
-    def fault(self) -> str | None:
-        """Return why the request counts as lost, None if it was served in full."""
-        if self.error is not None:
-            return self.error
-        if self.received_tokens != self.output_tokens:
-            return f"{self.received_tokens} of {self.output_tokens} tokens"
-        return None
-
-    @property
-    def ttft_s(self) -> float:
-        """Seconds from when it should have been sent, so a late client counts as slow."""
-        return self.token_times[0] - self.scheduled_at
-
-    @property
-    def gaps_s(self) -> list[float]:
-        return [later - earlier for earlier, later in itertools.pairwise(self.token_times)]
-
-    def record_sum(self, *path: str) -> int:
-        """Add up one figure over the record's sequences; absent ones count as nothing."""
-        total = 0
-        for sequence in (self.record or {}).get("sequences", []):
-            value: Any = sequence
-            for key in path:
-                value = (value or {}).get(key)
-            total += value or 0
-        return total
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """Return the nearest-rank percentile."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
-
-
-def faults(replayed: Sequence[Replayed]) -> list[str]:
-    """Return everything that makes the run a failure, one line each."""
-    lines = [f"request {i}: {r.fault}" for i, r in enumerate(replayed) if r.fault is not None]
-    for index, request in enumerate(replayed):
-        recomputed = request.record_sum("prompt_tokens", "recomputed")
+    lines = [f"request {r.index}: {r.error}" for r in records if not r.is_completed]
+    for record in records:
+        recomputed = routed_sum(routed.get(record.index, {}), "prompt_tokens", "recomputed")
         if recomputed > _MAX_RECOMPUTED:
-            lines.append(f"request {index}: decode recomputed {recomputed} prompt tokens")
-        if request.fault is None and request.record is None:
-            lines.append(f"request {index}: the router has no record of it")
+            lines.append(f"request {record.index}: decode recomputed {recomputed} prompt tokens")
+        if record.is_completed and record.index not in routed:
+            lines.append(f"request {record.index}: the router has no record of it")
     return lines
 
 
-def rows(replayed: Sequence[Replayed], duration_s: float) -> list[tuple[str, str]]:
+def rows(
+    records: Sequence[RequestRecord], routed: Routed, duration_s: float
+) -> list[tuple[str, str]]:
     """Return the report as (what, figure)."""
-    served = [request for request in replayed if request.fault is None]
-    output_tokens = sum(request.received_tokens for request in replayed)
-    prompt_tokens = sum(request.prompt_tokens for request in served)
+    served = [record for record in records if record.is_completed]
+    output_tokens = sum(record.received_tokens for record in records)
+    prompt_tokens = sum(record.send.prompt_tokens for record in served)
+    ttfts = [record.ttft_s for record in served if record.ttft_s is not None]
     received, produced = (
-        sum(request.record_sum(name) for request in replayed)
+        sum(routed_sum(each, name) for each in routed.values())
         for name in ("received_bytes", "produced_bytes")
     )
-    origins = ("transferred", "reused", "recomputed", "local")
-    origin = {o: sum(r.record_sum("prompt_tokens", o) for r in replayed) for o in origins}
+    origin = {
+        name: sum(routed_sum(each, "prompt_tokens", name) for each in routed.values())
+        for name in _ORIGINS
+    }
     return [
-        ("requests", f"{len(replayed)}"),
-        ("lost", f"{len(replayed) - len(served)}"),
+        ("requests", f"{len(records)}"),
+        ("lost", f"{len(records) - len(served)}"),
         ("duration", f"{duration_s:.1f} s"),
-        ("TTFT p50 / p90 / p99", _percentiles([r.ttft_s for r in served])),
-        ("inter-token p50 / p90 / p99", _percentiles([gap for r in served for gap in r.gaps_s])),
+        ("TTFT p50 / p90 / p99", _percentiles(ttfts)),
+        ("inter-token p50 / p90 / p99", _percentiles([g for r in served for g in gaps_s(r)])),
         ("output tokens", f"{output_tokens} ({output_tokens / duration_s:.0f} tokens/s)"),
         ("prompt tokens", f"{prompt_tokens} ({prompt_tokens / duration_s:.0f} tokens/s)"),
         ("KV bytes handed over", f"{received:,} received, {produced:,} sent"),
-        *((f"prompt tokens {name}", f"{origin[name]}") for name in origins[:2]),
+        *((f"prompt tokens {name}", f"{origin[name]}") for name in _ORIGINS[:2]),
         ("prompt tokens recomputed on decode", f"{origin['recomputed']}"),
         ("prompt tokens prefilled on decode", f"{origin['local']} (short prompts)"),
     ]

@@ -7,10 +7,12 @@ In a Serve config file, with the tree of `cluster/config.py` as arguments:
         import_path: deploy.serve_app:build
         args: {model: {path: ...}, prefill: {workers: 2}, decode: {workers: 2}}
 
-`serve deploy` starts the routers, the first of which starts the controller; deleting the app
-drains and removes everything. The endpoint is Serve's: `router.host` and `.port` do not count.
+`serve deploy` starts the routers, the first of which starts the controller; with other arguments
+the controller goes by them if its workers can (`cluster/reconfigure.py`); deleting the app drains
+and removes everything. The endpoint is Serve's: `router.host` and `.port` do not count.
 """
 
+import time
 import uuid
 from collections.abc import Mapping
 from functools import partial
@@ -21,6 +23,7 @@ from ray import serve
 from cluster.config import TandemConfig, parse_config
 from cluster.ray_plane import start_controller
 from deploy.app import parts_of
+from deploy.dashboard.pages import dashboard_pages
 from deploy.session import cluster_environment
 from router.deployment import router_application
 
@@ -29,7 +32,8 @@ def build(args: Mapping[str, Any]) -> Any:
     """Return the Serve application; raise `ConfigError` naming every fault of `args`."""
     config = parse_config(args)
     env = cluster_environment(f"{config.cluster.name}:{uuid.uuid4().hex}")
-    return router_application(config, env, partial(_start_controller, config, env))
+    start = partial(_start_controller, config, env)
+    return router_application(config, env, start, dashboard_pages(), revision=time.time())
 
 
 def _start_controller(config: TandemConfig, env: Mapping[str, str]) -> Any:

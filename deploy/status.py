@@ -33,12 +33,17 @@ def show(status: dict[str, Any], url: str) -> str:
     lines = [
         f"{status['name']}: {status['model']} ({status['engine']}) at {url}/v1, {health}",
         f"desired {desired_sizes(status)}, autoscaler {status['autoscaler']},"
-        f" controller epoch {status['epoch']}",
+        f" controller epoch {status['epoch']}{', sizes held by hand' if status['pinned'] else ''}",
         *(f"no place: {reason}" for reason in status["unplaced"]),
+        *_unwritten(status["unwritten_decisions"]),
         "",
         *table([_COLUMNS, *(tuple(_cell(w[c]) for c in _COLUMNS) for w in status["workers"])]),
     ]
     return "\n".join(lines)
+
+
+def _unwritten(count: int) -> list[str]:
+    return [f"{count} decisions could not be written to the decision file"] if count else []
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -3,6 +3,7 @@
 Single-threaded: `port.HandoffPort` calls it from its one thread with the time of the call.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ import xxhash
 from cluster.engine import EndedPull
 from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId
+from cluster.stages import StageClock
 from kv_transfer.blocks import BlockStore
 from kv_transfer.handoff import ConsumerHandoff, ConsumerState
 from kv_transfer.layout import Read, plan_reads
@@ -60,6 +62,13 @@ class _Active:
     taken: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class _Announced:
+    offer: Offer
+    since: float
+    renewed: float
+
+
 class Consumer:
     """Starts, feeds and ends pulls; `results` collects one result per pull, always.
 
@@ -80,6 +89,10 @@ class Consumer:
     ) -> None:
         self.results: list[EndedPull] = []
         self.counts: Counter[str] = Counter()
+        self._waiting = StageClock(self.counts, "wait")
+        self._pulling = StageClock(self.counts, "pull")
+        self._verifying = StageClock(self.counts, "verify")
+        self._scattering = StageClock(self.counts, "scatter")
         self._store = store
         self._rank = rank
         self._chunk_bytes = chunk_bytes
@@ -90,7 +103,7 @@ class Consumer:
         self._damage_received = damage
         self._active: dict[HandoffId, _Active] = {}
         self._by_key: dict[str, HandoffId] = {}
-        self._announced: dict[HandoffId, tuple[Offer, float]] = {}
+        self._announced: dict[HandoffId, _Announced] = {}
 
     def __repr__(self) -> str:
         return f"<Consumer pulling={len(self._active)} announced={len(self._announced)}>"
@@ -98,7 +111,7 @@ class Consumer:
     def announce(self, offer: Offer, now: float) -> None:
         """Keep the producer's lease alive until the pull can start."""
         if self._has_endpoint(offer):
-            self._announced[offer.handoff_id] = (offer, now)
+            self._announced[offer.handoff_id] = _Announced(offer, now, now)
 
     def give_up(self, offer: Offer) -> Iterable[Order]:
         """An announced offer will not be pulled: let the producer free its blocks."""
@@ -109,7 +122,9 @@ class Consumer:
     def start(self, pull: Pull, now: float) -> Iterable[Order]:
         """Begin a pull; an offer this engine cannot read fails at once."""
         offer = pull.offer
-        self._announced.pop(offer.handoff_id, None)
+        announced = self._announced.pop(offer.handoff_id, None)
+        if announced is not None:
+            self._waiting.add(now - announced.since)
         if offer.handoff_id in self._active:
             self._report(pull, "this hand-off is being pulled already", Receipt(0, 0, 0, 0.0))
             return
@@ -151,10 +166,10 @@ class Consumer:
             if now - active.progressed >= self._stall_timeout_s:
                 waited = f"no data for {self._stall_timeout_s:.1f} s"
                 yield from self._fail(active, f"{waited} from {self._endpoint(active.pull.offer)}")
-        for handoff_id, (offer, since) in list(self._announced.items()):
-            if now - since >= self._renew_s:
-                self._announced[handoff_id] = (offer, now)
-                yield self._order(offer, Renew(handoff_id, offer.epoch))
+        for handoff_id, announced in list(self._announced.items()):
+            if now - announced.renewed >= self._renew_s:
+                self._announced[handoff_id] = replace(announced, renewed=now)
+                yield self._order(announced.offer, Renew(handoff_id, announced.offer.epoch))
 
     def _accept(
         self, active: _Active, message: Blocks, payload: Payload | None, now: float
@@ -166,18 +181,23 @@ class Consumer:
         content = None if payload is None else payload.content
         if self._damage_received is not None and content is not None:
             content = self._damage_received(read, content)
+        began_s = time.perf_counter()
         damage = self._damage(read, message, content)
+        verified_s = time.perf_counter()
+        self._verifying.add(verified_s - began_s)
         if payload is None or content is None or damage:
             self.counts["chunks_damaged"] += 1
             yield from self._fail(active, damage or "no payload")
             return
         positions = slice(read.first_block, read.first_block + read.num_blocks)
         self._store.scatter(read.group, active.pull.block_ids[read.group][positions], content)
+        self._scattering.add(time.perf_counter() - verified_s)
         if not payload.is_intact():
             self.counts["chunks_overtaken"] += 1
             yield from self._fail(active, "the producer took its memory back during a read")
             return
-        self.counts[f"bytes_{message.via.value}"] += content.nbytes
+        self.counts["bytes_received"] += content.nbytes
+        self.counts[f"via_{message.via.value}"] += content.nbytes
         handoff, asks = active.handoff.receive(read)
         arrived = replace(
             active,
@@ -185,7 +205,8 @@ class Consumer:
             progressed=now,
             num_blocks=active.num_blocks + read.num_blocks,
             received_bytes=active.received_bytes + content.nbytes,
-            produced_bytes=message.produced_bytes,
+            # Chunks of several connections overtake each other; the count only grows.
+            produced_bytes=max(active.produced_bytes, message.produced_bytes),
             vias=active.vias | {message.via},
             taken=(*active.taken, message.parcel) if message.parcel else active.taken,
         )
@@ -247,6 +268,8 @@ class Consumer:
             transfer_s,
             "+".join(sorted(active.vias)),
         )
+        if failure is None:
+            self._pulling.add(transfer_s)
         self._report(active.pull, failure, receipt)
         if self._has_endpoint(offer):
             yield self._order(offer, Release(offer.handoff_id, offer.epoch, failure is None))

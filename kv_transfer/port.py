@@ -133,8 +133,14 @@ class HandoffPort:
         return _drain(self._pulls)
 
     def totals(self) -> dict[str, int]:
-        """Return how often each thing has happened on this port since it opened."""
-        return dict(self.counts + self.producer.counts + self.consumer.counts)
+        """Return how often each thing has happened on this port since it opened.
+
+        Each counter is copied in one step: the port's thread adds to it meanwhile.
+        """
+        totals = Counter(dict(self.counts))
+        for counts in (self.producer.counts, self.consumer.counts):
+            totals.update(dict(counts))
+        return dict(totals)
 
     def close(self) -> None:
         """Stop the thread and close every socket; held blocks are forgotten. Safe twice."""

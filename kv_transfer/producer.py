@@ -3,6 +3,7 @@
 Single-threaded: `port.HandoffPort` calls it from its one thread with the time of the call.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from cluster.names import HandoffId
+from cluster.stages import StageClock
 from kv_transfer.blocks import BlockStore
 from kv_transfer.handoff import ProducerEvent, ProducerHandoff
 from kv_transfer.leases import LeaseTable
@@ -77,7 +79,7 @@ class _Parked:
 class Producer:
     """Holds, serves, refuses and frees; `freed` collects the keys whose blocks may go.
 
-    `counts` says how often each thing happened, refusals by cause.
+    `counts` says how often each thing happened, refusals by cause, and how long copies took.
 
     `catch_up` lets the owner apply ends that arrived while blocks were being gathered: only
     what is still readable after it is sent.
@@ -94,6 +96,7 @@ class Producer:
     ) -> None:
         self.freed: list[str] = []
         self.counts: Counter[str] = Counter()
+        self._gathering = StageClock(self.counts, "gather")
         self._store = store
         self._epoch = epoch
         self._fingerprint = store.layout.fingerprint
@@ -196,7 +199,9 @@ class Producer:
         self._advance(read.handoff_id, ProducerEvent.READ_STARTED)
         try:
             block_ids = held.hold.block_ids[read.group][positions]
+            began_s = time.perf_counter()
             self._store.gather(read.group, block_ids, stage.buffer)
+            self._gathering.add(time.perf_counter() - began_s)
             # Preemption or an abort may have taken the blocks while they were copied; bytes of a
             # reused block have a valid checksum, so ownership is checked again before sending.
             self._catch_up()
@@ -229,8 +234,8 @@ class Producer:
         held = self._held[read.handoff_id]
         num_bytes = stage.buffer.nbytes
         produced = held.produced_bytes + num_bytes
+        self.counts["bytes_sent"] += num_bytes
         self._held[read.handoff_id] = replace(held, produced_bytes=produced)
-        self.counts[f"chunks_{via.value}"] += 1
         checksum = xxhash.xxh3_64_intdigest(stage.buffer) if self._is_checksummed else None
         message = Blocks(
             read.handoff_id,

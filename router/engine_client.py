@@ -204,7 +204,7 @@ class TandemEngineClient(EngineClient):
             parent = ParentRequest(request) if sampling.n > 1 else None
             for index, child in enumerate(_children(request, parent)):
                 self._output_processor.add_request(child, text, parent, index, queue)
-                generation.start(self._flow, _flow_request(child, exchange.exchange_id), exchange)
+                generation.start(self._flow, _flow_request(child, exchange), exchange)
             is_finished = False
             while not is_finished:
                 output = queue.get_nowait() or await queue.get()
@@ -342,17 +342,18 @@ def _children(request: EngineCoreRequest, parent: ParentRequest | None) -> list[
     return children
 
 
-def _flow_request(child: EngineCoreRequest, exchange_id: str) -> GenerateRequest:
+def _flow_request(child: EngineCoreRequest, exchange: Exchange) -> GenerateRequest:
     sampling = _sampling_of(child)
     request = GenerateRequest(
         request_id=RequestId(child.request_id),
-        exchange_id=exchange_id,
+        exchange_id=exchange.exchange_id,
         prompt_token_ids=tuple(child.prompt_token_ids or ()),
         sampling=sampling_document(sampling),
         # vLLM computes prompt log-probabilities from a full local prefill only.
         local_only=sampling.prompt_logprobs is not None,
         cache_salt=child.cache_salt,
         priority=child.priority,
+        traceparent=exchange.traceparent,
     )
     try:
         msgpack.packb([request.sampling, request.cache_salt, request.priority])

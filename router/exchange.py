@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from router.http_errors import HttpFailure
 
 REQUEST_ID_HEADER = "x-request-id"
+TRACE_HEADER = "traceparent"
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 Scope = MutableMapping[str, Any]
@@ -41,12 +42,14 @@ class Placed(Protocol):
 class Exchange:
     """One HTTP request and response, as the engine client sees it.
 
-    Closing it (client gone, or response over) ends every generation that registered with
-    `on_close`, so none outlives its client.
+    `traceparent` is the client's own trace context, as it sent it. Closing it (client gone, or
+    response over) ends every generation that registered with `on_close`, so none outlives its
+    client.
     """
 
-    def __init__(self, exchange_id: str) -> None:
+    def __init__(self, exchange_id: str, traceparent: str | None = None) -> None:
         self.exchange_id = exchange_id
+        self.traceparent = traceparent
         self.has_tokens = False
         self.is_closed = False
         self.failure: HttpFailure | None = None
@@ -95,7 +98,8 @@ class ExchangeLayer:
             return
         given_id = _header(scope, REQUEST_ID_HEADER)
         is_valid_id = given_id is not None and _VALID_REQUEST_ID.fullmatch(given_id) is not None
-        exchange = Exchange(given_id if given_id and is_valid_id else uuid.uuid4().hex)
+        exchange_id = given_id if given_id and is_valid_id else uuid.uuid4().hex
+        exchange = Exchange(exchange_id, _header(scope, TRACE_HEADER))
         outlet = _Outlet(exchange, scope, send, self._record_of)
         if given_id is not None and not is_valid_id:
             await outlet.refuse(_bad_request_id())

@@ -8,12 +8,11 @@ token, an error, a deadline, a client that went away) goes through the same `fin
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from random import Random
 from typing import NoReturn
 
-from cluster import metrics
 from cluster.config import RouterSection
 from cluster.errors import (
     DeadlineExceeded,
@@ -35,11 +34,13 @@ from cluster.messages import (
     Tokens,
     WorkerMessage,
 )
+from cluster.metrics import OPEN_RESERVATIONS
 from cluster.names import FinishReason, HandoffId, RequestId, Role, WorkerId
 from cluster.request_plane import Leg
 from router.admission import Admission, Ticket
 from router.ledger import Reservation
 from router.load_meter import LoadMeter
+from router.measures import NO_OBJECTIVES, Measures, Objectives
 from router.membership import Membership
 from router.policy import RETRY_AFTER_S, Placed, RejectedPlacement, Rejection
 from router.records import Outcome, PromptTokens, Records, RequestRecord
@@ -55,6 +56,7 @@ class GenerateRequest:
 
     `request_id` is unique among all routers; the sequences of one client request (`n` > 1, a
     batch of prompts) share its `exchange_id`. `local_only` requests cannot use transferred KV.
+    `traceparent` is the client's trace context, unchecked.
     """
 
     request_id: RequestId
@@ -64,10 +66,12 @@ class GenerateRequest:
     local_only: bool = False
     cache_salt: str | None = None
     priority: int = 0
+    traceparent: str | None = None
 
 
 class Flow:
-    """Serves requests on the workers that `membership` knows."""
+    """Serves requests on the workers that `membership` knows; `on_end` sees every record once,
+    when it is complete."""
 
     def __init__(
         self,
@@ -75,11 +79,15 @@ class Flow:
         membership: Membership,
         records: Records,
         rng: Random | None = None,
+        objectives: Objectives = NO_OBJECTIVES,
+        on_end: Callable[[RequestRecord], None] = lambda _record: None,
     ) -> None:
         self._config = config
         self._membership = membership
         self.records = records
         self.meter = LoadMeter()
+        self._measures = Measures(objectives)
+        self._on_end = on_end
         self._admission = Admission(config, membership.ready_workers, rng)
         self._runs: set[_Run] = set()
         self._num_shown = 0
@@ -120,6 +128,10 @@ class Flow:
         for run in list(self._runs):
             self._interrupt(run, Unavailable("the router is stopping"))
 
+    @property
+    def num_waiting(self) -> int:
+        return self._admission.num_waiting
+
     def status(self) -> dict[str, object]:
         """Return what is open on every worker, who waits, and totals since the start."""
         ledger = self._admission.ledger
@@ -145,7 +157,9 @@ class Flow:
         now = _now()
         num_tokens = len(request.prompt_token_ids)
         self.meter.arrive(num_tokens)
+        self._measures.arrive(num_tokens)
         record = self.records.open(request.exchange_id, request.request_id, num_tokens, now)
+        record.traceparent = request.traceparent
         deadline_s = now + self._config.request_deadline_s
         return _Run(request, record, self._admission.next_order(), deadline_s)
 
@@ -165,7 +179,7 @@ class Flow:
             await woken.wait()
         run.check()
         if not isinstance(ticket.answer, Reservation):
-            raise _refusal(ticket.answer, run)
+            raise self._refusal(ticket.answer, run)
         self._show_reservations()
         run.placement = ticket.answer.placement
         run.record.record_placed(run.placement, _now())
@@ -192,6 +206,15 @@ class Flow:
         run.offer = answer.offer
         self._admission.end_prefill(run.reservation)
         run.record.timeline.stamp(Event.PREFILLED, _now())
+
+    def _refusal(self, answer: RejectedPlacement | None, run: "_Run") -> TandemError:
+        assert answer is not None
+        self._measures.reject(answer.rejection)
+        if answer.rejection is Rejection.OVERLOADED:
+            return Overloaded(answer.reason, answer.retry_after_s)
+        if answer.rejection is Rejection.EXHAUSTED and run.setback is not None:
+            return run.setback
+        return Unavailable(answer.reason)
 
     def _hand_over(self, run: "_Run") -> None:
         """Ask decode for the tokens; it pulls the KV cache itself."""
@@ -237,13 +260,11 @@ class Flow:
         run.is_answered = True
         if tokens.stats is not None:
             record.prompt_tokens = PromptTokens.of(tokens.stats, run.placed.expects_handoff)
-            for origin, num_tokens in record.prompt_tokens.as_document().items():
-                metrics.PROMPT_TOKENS.labels(origin).inc(num_tokens)
+            self._measures.prefilled(record.prompt_tokens)
         if tokens.receipt is not None:
             record.receipt = tokens.receipt
-            metrics.HANDOFF_BYTES.inc(tokens.receipt.received_bytes)
-            metrics.HANDOFF_MISMATCHES.inc(int(record.bytes_agree is False))
-            metrics.TRANSFER_SECONDS.observe(tokens.receipt.transfer_s)
+            self._measures.handed_over(tokens.receipt.received_bytes, record.bytes_agree is False)
+            self.meter.hand_over(tokens.receipt.received_bytes)
         self._account_latency(record, len(tokens.token_ids), now)
         if tokens.finish_reason is not None:
             self._finish(record, Outcome.of(tokens.finish_reason), None)
@@ -251,13 +272,12 @@ class Flow:
 
     def _account_latency(self, record: RequestRecord, num_tokens: int, now: float) -> None:
         gap_s = record.timeline.record_tokens(num_tokens, now)
-        metrics.OUTPUT_TOKENS.inc(num_tokens)
         if gap_s is not None:
-            metrics.ITL_SECONDS.observe(gap_s)
+            self._measures.next_tokens(num_tokens, gap_s)
             self.meter.next_tokens(gap_s)
         elif num_tokens:
             record.timeline.stamp(Event.FIRST_TOKEN, now)
-            metrics.TTFT_SECONDS.observe(now - record.timeline.arrived_s)
+            self._measures.first_tokens(num_tokens, now - record.timeline.arrived_s)
             self.meter.first_token(now - record.timeline.arrived_s)
 
     def _recover(self, run: "_Run", error: RetryElsewhere) -> None:
@@ -266,9 +286,11 @@ class Flow:
             self._give_up(run, error)
         cause = _cause(error, run.side)
         run.record.record_setback(cause, str(error), _now())
+        if cause is Cause.HANDOFF_FAILED:
+            self.meter.fail_handoff()
         if run.is_answered or not should_retry(run.tries, cause, self._config):
             self._give_up(run, error)
-        metrics.RECOVERIES.labels(cause.value).inc()
+        self._measures.recover(cause)
         logger.warning("%s: %s: %s; trying again", run.leg_id, cause.value, error)
         run.tries = run.tries.after(cause, run.placed)
         run.setback = error
@@ -319,13 +341,14 @@ class Flow:
     def _finish(self, record: RequestRecord, outcome: Outcome, error: str | None) -> None:
         if record.outcome is None:
             self.records.finish(record, outcome, error, _now())
-            metrics.REQUESTS.labels(outcome.value).inc()
+            self._measures.end(record)
             self.meter.end(record.timeline.num_tokens, outcome.is_success)
+            self._on_end(record)
 
     def _show_reservations(self) -> None:
         # By difference: the gauge is shared by the flows of several models.
         num_open = self._admission.ledger.num_open
-        metrics.OPEN_RESERVATIONS.inc(num_open - self._num_shown)
+        OPEN_RESERVATIONS.inc(num_open - self._num_shown)
         self._num_shown = num_open
 
 
@@ -396,15 +419,6 @@ def _failure(answer: WorkerMessage) -> TandemError:
         return _EngineFailed(f"the worker answered with {type(answer).__name__} out of turn")
     kinds: dict[str, type[TandemError]] = {"invalid": RequestInvalid, "handoff": HandoffFailed}
     return kinds.get(answer.kind, _EngineFailed)(answer.reason)
-
-
-def _refusal(answer: RejectedPlacement | None, run: _Run) -> TandemError:
-    assert answer is not None
-    if answer.rejection is Rejection.OVERLOADED:
-        return Overloaded(answer.reason, answer.retry_after_s)
-    if answer.rejection is Rejection.EXHAUSTED and run.setback is not None:
-        return run.setback
-    return Unavailable(answer.reason)
 
 
 def _cause(error: RetryElsewhere, side: Role) -> Cause:

@@ -14,6 +14,9 @@ class LoadMeter:
         self._failed = 0
         self._prompt_tokens = 0
         self._output_tokens = 0
+        self._handoffs = 0
+        self._handoff_bytes = 0
+        self._handoff_failures = 0
         self._ttft = LatencyObserver()
         self._tbt = LatencyObserver()
 
@@ -26,6 +29,13 @@ class LoadMeter:
 
     def next_tokens(self, gap_s: float) -> None:
         self._tbt.observe(gap_s)
+
+    def hand_over(self, num_bytes: int) -> None:
+        self._handoffs += 1
+        self._handoff_bytes += num_bytes
+
+    def fail_handoff(self) -> None:
+        self._handoff_failures += 1
 
     def end(self, num_output_tokens: int, is_success: bool) -> None:
         if is_success:
@@ -45,6 +55,9 @@ class LoadMeter:
             self._failed,
             self._prompt_tokens,
             self._output_tokens,
+            self._handoffs,
+            self._handoff_bytes,
+            self._handoff_failures,
             self._ttft.counts(),
             self._tbt.counts(),
         )

@@ -98,6 +98,7 @@ class RequestRecord:
     receipt: Receipt | None = None
     outcome: Outcome | None = None
     error: str | None = None
+    traceparent: str | None = None
 
     @property
     def stage(self) -> Stage:

@@ -3,9 +3,8 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, cast
 
-from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -14,10 +13,12 @@ from starlette.routing import Route
 
 from cluster.config import RouterSection
 from cluster.errors import TandemError
-from cluster.metrics import FREE_BLOCKS, PINNED_BLOCKS
+from cluster.exporter import exported
+from cluster.names import Component
 from router.dispatch import ModelDispatch
 from router.exchange import AsgiApp, ExchangeLayer, Placed, Receive, Scope, Send
 from router.http_errors import HttpFailure, failure_of
+from router.pages import Pages, page_routes
 
 # vLLM's other routes drive an engine (sleep, scale, profile, LoRA, abort by id) or a cloud.
 SERVED_PATHS = frozenset(
@@ -40,6 +41,8 @@ _MAX_RECENT = 10_000
 # A decision with all it rests on is about 2 KB.
 _MAX_DECISIONS = 1000
 _MAX_SEQ = 999_999_999
+# Unix seconds.
+_MAX_TIME = 99_999_999_999
 
 Document = Mapping[str, object]
 
@@ -48,7 +51,7 @@ Document = Mapping[str, object]
 class Operations:
     """What the operator's routes show; each is read afresh per call and must not block.
 
-    `decisions(after, limit)` asks the controller, so it takes time and may raise `TandemError`.
+    The coroutines ask the controller, so they take time and may raise `TandemError`.
     """
 
     health: Callable[[], tuple[bool, str]]
@@ -56,6 +59,9 @@ class Operations:
     recent: Callable[[int], Sequence[Document]]
     pinned: Callable[[], Document]
     decisions: Callable[[int, int], Awaitable[Sequence[Document]]]
+    targets: Callable[[], Awaitable[Sequence[Document]]]
+    state: Callable[[], Awaitable[Document]]
+    history: Callable[[int], Awaitable[Document]]
 
 
 def build_surface(
@@ -63,9 +69,10 @@ def build_surface(
     operations: Operations,
     record_of: Callable[[str], Placed | None],
     config: RouterSection,
+    pages: Pages,
 ) -> ExchangeLayer:
     """Return the whole HTTP endpoint over one front-end per model name."""
-    surface = Surface(ModelDispatch(frontends), operator_app(operations))
+    surface = Surface(ModelDispatch(frontends), operator_app(operations, pages))
     return ExchangeLayer(surface, record_of, config.max_body_bytes)
 
 
@@ -81,11 +88,13 @@ class Surface:
         await (self._models if is_for_models else self._operator)(scope, receive, send)
 
 
-def operator_app(operations: Operations) -> Starlette:
-    """Return the routes for people and machines that look after the deployment.
+def operator_app(operations: Operations, pages: Pages) -> Starlette:
+    """Return the routes for people and machines that look after the deployment, `pages` included.
 
     They are coroutines so that they read the router's state in its own thread.
     """
+
+    shown = exported(Component.ROUTER)
 
     async def health(_request: Request) -> Response:
         is_healthy, reason = operations.health()
@@ -109,23 +118,34 @@ def operator_app(operations: Operations) -> Starlette:
         page = list(await operations.decisions(after, limit))
         return JSONResponse({"decisions": page, "next": page[-1]["seq"] if page else after})
 
+    async def targets(_request: Request) -> Response:
+        return JSONResponse(list(await operations.targets()))
+
+    async def state(_request: Request) -> Response:
+        return JSONResponse(await operations.state())
+
+    async def history(request: Request) -> Response:
+        return JSONResponse(await operations.history(_number(request, "after", 0, (0, _MAX_TIME))))
+
     async def pinned(_request: Request) -> Response:
         return JSONResponse(operations.pinned())
 
     async def metrics(_request: Request) -> Response:
-        show_blocks(operations.pinned())
-        return Response(generate_latest(REGISTRY), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(shown), media_type=CONTENT_TYPE_LATEST)
 
     routes = {
         "/health": health,
         "/metrics": metrics,
         "/admin/decisions": decisions,
+        "/admin/history": history,
         "/admin/requests": recent,
         "/admin/requests/{exchange_id}": record,
+        "/admin/targets": targets,
+        "/admin/state": state,
         "/debug/pinned": pinned,
     }
     return Starlette(
-        routes=[Route(path, route) for path, route in routes.items()],
+        routes=[*(Route(path, route) for path, route in routes.items()), *page_routes(pages)],
         exception_handlers={HTTPException: _not_served, TandemError: _failed},
     )
 
@@ -134,22 +154,11 @@ def _number(request: Request, name: str, default: int, bounds: tuple[int, int]) 
     """Return a number of the query; raise a 400 that says what it may be."""
     text = request.query_params.get(name, str(default))
     # Python refuses to read numbers of thousands of digits, with an error of its own.
-    is_short = text.isascii() and text.isdecimal() and len(text) <= len(str(_MAX_SEQ))
+    is_short = text.isascii() and text.isdecimal() and len(text) <= len(str(bounds[1]))
     if not is_short or not bounds[0] <= int(text) <= bounds[1]:
         message = f"{name} must be a number from {bounds[0]} to {bounds[1]}"
         raise HTTPException(HTTPStatus.BAD_REQUEST, message)
     return int(text)
-
-
-def show_blocks(pinned: Document) -> None:
-    """Set the block gauges from what the workers last reported; those gone are forgotten."""
-    gauges = {"held_blocks": PINNED_BLOCKS, "free_blocks": FREE_BLOCKS}
-    workers = cast(Sequence[Mapping[str, Any]], pinned.get("workers", ()))
-    for key, gauge in gauges.items():
-        gauge.clear()
-        for worker in workers:
-            if worker[key] is not None:
-                gauge.labels(worker["worker_id"]).set(worker[key])
 
 
 async def _not_served(request: Request, error: Exception) -> Response:

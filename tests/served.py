@@ -25,7 +25,9 @@ STOP_TIMEOUT_S = 30.0
 Value = TypeVar("Value")
 
 
-def wait_until(read: Callable[[], Value | None], timeout_s: float, what: str) -> Value:
+def wait_until(
+    read: Callable[[], Value | None], timeout_s: float, what: str, poll_s: float = 0.05
+) -> Value:
     """Return the first value of `read` that is not None or False; fail after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while True:
@@ -34,7 +36,7 @@ def wait_until(read: Callable[[], Value | None], timeout_s: float, what: str) ->
             return value
         if time.monotonic() > deadline:
             raise AssertionError(f"not within {timeout_s:g} s: {what}")
-        time.sleep(0.05)
+        time.sleep(poll_s)
 
 
 @dataclass

@@ -1,165 +1,31 @@
-"""What every `Transport` promises, asked of a producer and a consumer with their own ports.
+"""What every `Transport` promises, asked of a producer and a consumer with their own ports."""
 
-Where another process is needed - its death, its memory - it is a real one.
-"""
-
-import gc
-import multiprocessing
 import os
 import random
-import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
-from cluster.config import HandoffSection
-from cluster.engine import EndedPull
-from cluster.messages import Offer
-from cluster.names import HandoffId, WorkerId
-from kv_transfer.array_blocks import ArrayBlockStore
-from kv_transfer.consumer import Pull
-from kv_transfer.inproc import InprocTransport, Places
-from kv_transfer.layout import BlockLayout, GroupLayout
-from kv_transfer.port import HandoffPort
-from kv_transfer.producer import Hold
+from cluster.names import HandoffId
 from kv_transfer.protocol import CODEC, Blocks, Via
 from kv_transfer.shm import ShmTransport
-from kv_transfer.tcp import TcpTransport
-from kv_transfer.transport import Transport
 from kv_transfer.transports import arena_shape
-from tests.waiting import wait_for
-
-# Odd sizes on purpose: nothing here is a multiple of a page, a line or a word.
-LAYOUT = BlockLayout((GroupLayout(16, (1031, 77, 4099)), GroupLayout(32, (513,))), {"model": "m"})
-NUM_BLOCKS = 600
-BLOCK_BYTES = LAYOUT.groups[0].block_bytes
-EPOCH = 42
-# For those who are to notice a death; the others shall not, on however busy a machine.
-STALL_S = 1.0
-SECTION = HandoffSection(
-    chunk_bytes=5 * BLOCK_BYTES, stall_timeout_s=10, lease_s=20, reads_in_flight=3
+from tests.contract.handoff_sides import (
+    BLOCK_BYTES,
+    EPOCH,
+    KINDS,
+    NUM_BLOCKS,
+    SECTION,
+    Open,
+    Side,
+    content,
+    store_of,
 )
-KINDS = ("inproc", "shm", "tcp")
-ACROSS = ("shm", "tcp")
-
-
-def store_of(seed: int) -> ArrayBlockStore:
-    import numpy as np
-
-    rng = np.random.default_rng(seed)
-    regions = [
-        [rng.integers(0, 256, (NUM_BLOCKS, size), np.uint8) for size in group.region_bytes]
-        for group in LAYOUT.groups
-    ]
-    return ArrayBlockStore(LAYOUT, regions)
-
-
-def content(store: ArrayBlockStore, block_ids: Sequence[int], group: int = 0) -> bytes:
-    out = bytearray(len(block_ids) * LAYOUT.groups[group].block_bytes)
-    store.gather(group, block_ids, memoryview(out))
-    return bytes(out)
-
-
-class Side:
-    """A port over its own blocks, and what it has said."""
-
-    def __init__(
-        self,
-        section: HandoffSection,
-        seed: int,
-        transports: Mapping[Via, Transport] | None = None,
-        epoch: int = EPOCH,
-    ) -> None:
-        self.store, self.epoch = store_of(seed), epoch
-        self.port = HandoffPort(self.store, section, epoch, transports=transports)
-        self.freed: list[str] = []
-        self.pulls: dict[str, EndedPull] = {}
-
-    def hold(self, name: str, *groups: Sequence[int]) -> Offer:
-        ids = tuple(tuple(group) for group in groups)
-        self.port.hold(Hold(HandoffId(name), name, ids))
-        return self.offer(name)
-
-    def offer(self, name: str) -> Offer:
-        endpoints = (self.port.endpoint,)
-        worker, print_ = WorkerId("w"), LAYOUT.fingerprint
-        return Offer(HandoffId(name), worker, self.epoch, print_, endpoints, 64, 4, 20.0)
-
-    def pull(self, offer: Offer, *groups: Sequence[int]) -> None:
-        ids = tuple(tuple(group) for group in groups)
-        self.port.pull(Pull(offer.handoff_id, offer, ids, (0,) * len(ids)))
-
-    def has_ended(self, *names: str) -> Callable[[], bool]:
-        def check() -> bool:
-            for ended in self.port.take_pulls():
-                assert ended.key not in self.pulls, "a pull ended twice"
-                self.pulls[ended.key] = ended
-            return set(names) <= set(self.pulls)
-
-        return check
-
-    def has_freed(self, *names: str) -> Callable[[], bool]:
-        def check() -> bool:
-            self.freed += self.port.take_freed()
-            return set(names) <= set(self.freed)
-
-        return check
-
-
-def one_transport(kind: str, section: HandoffSection, seed: int, places: Places) -> Transport:
-    shape = arena_shape(section, store_of(seed))
-    if kind == "inproc":
-        return InprocTransport(shape, places)
-    return ShmTransport(shape) if kind == "shm" else TcpTransport(shape.num_slots)
-
-
-Open = Callable[..., Side]
-
-
-def arenas() -> int:
-    """Return how many shared arenas this process has open or mapped."""
-    maps = Path("/proc/self/maps").read_text().count("/memfd:tandem-kv")
-    fds = [os.path.realpath(fd.path) for fd in os.scandir("/proc/self/fd") if fd.is_symlink()]
-    return maps + sum("/memfd:tandem-kv" in fd for fd in fds)
-
-
-@pytest.fixture
-def open_side() -> Iterator[Open]:
-    """Open sides; afterwards close them and check that no memory, thread or file is left."""
-    Side(SECTION, 0).port.close()
-    # These start with the first of their kind and stay: ZeroMQ's thread that waits for frames
-    # to be sent, and the process that looks after others.
-    TcpTransport(0).stage(1)
-    resource_tracker.ensure_running()
-    gc.collect()
-    before = psutil.Process().num_fds(), threading.active_count()
-    in_dev_shm = set(os.listdir("/dev/shm"))
-    sides: list[Side] = []
-    places: Places = {}
-
-    def open_side(*kinds: str, epoch: int = EPOCH, **changes: object) -> Side:
-        section = SECTION.model_copy(update=changes)
-        seed = len(sides)
-        transports = {Via(kind): one_transport(kind, section, seed, places) for kind in kinds}
-        sides.append(Side(section, seed, transports, epoch))
-        return sides[-1]
-
-    yield open_side
-    for side in sides:
-        side.port.close()
-    wait_for(lambda: psutil.Process().num_fds() <= before[0])
-    assert threading.active_count() <= before[1]
-    assert arenas() == 0
-    assert not places
-    left = {name for name in os.listdir("/dev/shm") if "tandem" in name} - in_dev_shm
-    assert not left
+from tests.waiting import wait_for
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,7 +44,7 @@ def test_odd_sizes_cross_whole(open_side: Open, kind: str, num_blocks: int) -> N
     assert content(consumer.store, ours[:3], 1) == content(producer.store, theirs[:3], 1)
     wait_for(producer.has_freed("h"))
     wait_for(lambda: "out=0" in repr(producer.port))
-    assert consumer.port.totals()[f"bytes_{kind}"] == ended.receipt.received_bytes
+    assert consumer.port.totals()[f"via_{kind}"] == ended.receipt.received_bytes
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -399,115 +265,6 @@ def test_segments_that_cannot_be_reached_or_are_others_are_not_used(tmp_path: Pa
         os.close(plain)
         os.close(unsealed)
         here.close()
-
-
-# Another process, and its death.
-
-
-def _produce(kind: str, pipe: "Connection[Any, Any]") -> None:
-    side = Side(SECTION.model_copy(update={"transports": (kind,)}), 77)
-    pipe.send(side.hold("h", range(1, 400)))
-    if pipe.recv() == "slowly":
-        # Deaf from here on: the consumer sits in the middle of the hand-off.
-        gather = side.store.gather
-        blocked = threading.Event()
-
-        def stop(group: int, block_ids: Sequence[int], into: memoryview) -> None:
-            if block_ids[0] > 100:
-                pipe.send("in the middle")
-                blocked.wait()
-            gather(group, block_ids, into)
-
-        side.store.gather = stop  # type: ignore[method-assign]
-    pipe.send("go")
-    signal.pause()
-
-
-def _consume(kind: str, offer: Offer, pipe: "Connection[Any, Any]") -> None:
-    side = Side(SECTION.model_copy(update={"transports": (kind,)}), 78)
-    blocked = threading.Event()
-
-    def stop(group: int, block_ids: Sequence[int], payload: memoryview) -> None:
-        pipe.send("in the middle")
-        blocked.wait()
-
-    side.store.scatter = stop  # type: ignore[method-assign]
-    side.pull(offer, range(1, 400))
-    signal.pause()
-
-
-def heard(pipe: "Connection[Any, Any]") -> Any:
-    assert pipe.poll(30), "the other process says nothing"
-    return pipe.recv()
-
-
-@pytest.fixture
-def other() -> Iterator[Callable[..., tuple[multiprocessing.Process, "Connection[Any, Any]"]]]:
-    """Run a function in a process of its own, with a pipe; killed afterwards."""
-    context = multiprocessing.get_context("spawn")
-    started: list[tuple[Any, Any]] = []
-
-    def start(target: Callable[..., None], *arguments: object) -> tuple[Any, Any]:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=target, args=(*arguments, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        started.append((process, ours))
-        return process, ours
-
-    yield start
-    for process, pipe in started:
-        process.kill()
-        process.join()
-        process.close()
-        pipe.close()
-
-
-@pytest.mark.parametrize("kind", ACROSS)
-def test_blocks_cross_processes(open_side: Open, other: Any, kind: str) -> None:
-    consumer = open_side(kind)
-    _, pipe = other(_produce, kind)
-    offer = heard(pipe)
-    pipe.send("at once")
-    assert heard(pipe) == "go"
-    consumer.pull(offer, range(1, 400))
-    wait_for(consumer.has_ended("h"))
-    assert consumer.pulls["h"].failure is None
-    assert consumer.pulls["h"].receipt.transport == kind
-    assert content(consumer.store, range(1, 400)) == content(store_of(77), range(1, 400))
-
-
-@pytest.mark.parametrize("kind", ACROSS)
-def test_a_producer_that_is_killed_in_the_middle(open_side: Open, other: Any, kind: str) -> None:
-    consumer, survivor = open_side(kind, stall_timeout_s=STALL_S), open_side(kind)
-    process, pipe = other(_produce, kind)
-    offer = heard(pipe)
-    pipe.send("slowly")
-    assert heard(pipe) == "go"
-    consumer.pull(offer, range(1, 400))
-    assert heard(pipe) == "in the middle"
-    process.kill()
-    process.join()
-    wait_for(consumer.has_ended("h"), 10)
-    assert "no data for" in (consumer.pulls["h"].failure or "")
-    consumer.pull(survivor.hold("after", range(1, 30)), range(1, 30))
-    wait_for(consumer.has_ended("after"))
-    assert consumer.pulls["after"].failure is None
-
-
-@pytest.mark.parametrize("kind", ACROSS)
-def test_a_consumer_that_is_killed_in_the_middle(open_side: Open, other: Any, kind: str) -> None:
-    """What it had not taken is taken back, long before the lease of the hand-off ends."""
-    producer, consumer = open_side(kind, lease_s=3.0, stall_timeout_s=STALL_S), open_side(kind)
-    process, pipe = other(_consume, kind, producer.hold("h", range(1, 400)))
-    assert heard(pipe) == "in the middle"
-    process.kill()
-    process.join()
-    wait_for(lambda: "out=0" in repr(producer.port), 10)
-    consumer.pull(producer.hold("after", range(1, 400)), range(1, 400))
-    wait_for(consumer.has_ended("after"))
-    assert consumer.pulls["after"].failure is None
-    wait_for(producer.has_freed("h", "after"), 10)
 
 
 def test_frames_that_claim_parcels_are_not_believed(open_side: Open) -> None:

@@ -13,8 +13,8 @@ from ray.serve._private.common import DeploymentID, ReplicaID, TimeStampedValue
 from ray.serve.autoscaling_policy import _apply_app_level_autoscaling_config
 from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 
-from autoscaler.decision_log import parse_records, replay
 from autoscaler.ratio import Sizes
+from autoscaler.recording import Recording, replay
 from autoscaler.serve_meter import EngineTokenMeter, TokenMeter
 from autoscaler.serve_policy import PrefillDecodePolicy
 from autoscaler.serve_pools import COUNTERS, ServePools, ServeSettings, counter_at
@@ -174,9 +174,10 @@ def test_it_is_the_policy_a_record_of_which_replays(tmp_path: Path) -> None:
     scaling = app(autoscaler={**KWARGS["autoscaler"], "decision_file": str(file)})
     scaling.run(300, tps=250.0)
     assert scaling.sizes == Sizes(3, 3)
-    records = parse_records(file.read_text())
+    recording = Recording.parse(file.read_text())
+    records = recording.records
     config = ServeSettings.parse(KWARGS).section((Sizes(1, 1), Sizes(8, 8)))
-    assert replay(records, config) == [record.decision for record in records]
+    assert replay(records, recording.under(config)) == [record.decision for record in records]
     assert [r.decision.final for r in records if r.decision.final != Sizes(1, 1)]
 
 

@@ -15,7 +15,7 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 from autoscaler.decision import Action
-from autoscaler.decision_log import parse_records
+from autoscaler.recording import Recording
 from tests.waiting import wait_for
 
 pytestmark = [
@@ -149,7 +149,7 @@ def test_unequal_delays_are_refused_and_the_pools_then_scale_together(
     load.until((2, 2), output_tokens=10, limit_s=60.0)
     load.until((1, 1), output_tokens=1, limit_s=90.0)
     assert load.seen == [(1, 1), (2, 2), (1, 1)]
-    moves = [r.decision for r in parse_records(decisions.read_text())]
+    moves = [r.decision for r in Recording.parse(decisions.read_text()).records]
     moves = [decision for decision in moves if decision.action is not Action.HOLD]
     assert [decision.action for decision in moves] == [Action.OUT, Action.IN]
     assert all("decode_tps" in decision.reason for decision in moves)

@@ -11,6 +11,7 @@ from cluster.config import TandemConfig, parse_config
 from cluster.controller import Controller
 from cluster.controller_store import ControllerStore
 from cluster.names import WorkerId
+from cluster.reconfigure import InForce
 from cluster.worker_spec import Parts
 from deploy.engines import AUTOSCALER, ENGINES, ROLES
 from tests.integration.cluster.local_workers import CORES, Host, MemoryStore
@@ -143,3 +144,26 @@ async def test_more_workers_than_cores_share_them_evenly(num_workers: int) -> No
         used = [core for w in controller.status()["workers"] for core in w["cpus"]]
         counts = [used.count(core) for core in CORES]
         assert max(counts) - min(counts) <= 1
+
+
+async def test_a_deployed_configuration_changes_what_it_can_and_refuses_the_rest() -> None:
+    host = Host()
+    async with running(config(), host) as controller:
+        await until(lambda: len(controller.workers()) == 2)
+        before = listed(controller)
+        wanted = config(decode={"workers": 2}, cluster={"standby": 1})
+        assert controller.reconfigure(InForce(wanted, 1.0)) == wanted
+        await until(lambda: len(controller.workers()) == 3 and len(host.alive) == 4, 30.0)
+        assert before < listed(controller), "those that run go on"
+
+        other = config(decode={"workers": 1}, model={"engine": "simulated", "max_model_len": 256})
+        assert controller.reconfigure(InForce(other, 2.0)) == wanted
+        assert "model.max_model_len 512 -> 256" in controller.status()["refused"]
+        assert controller.status()["desired"] == {"prefill": 1, "decode": 2}
+
+        assert controller.reconfigure(InForce(config(), 1.5)) == wanted, "an older one"
+        assert controller.reconfigure(InForce(config(), 3.0)) == config()
+        await until(lambda: controller.status()["desired"]["decode"] == 1)
+        assert controller.status()["refused"] is None
+        events = [event for _, event in controller.status()["events"]]
+        assert "deployed: cluster.standby 0 -> 1; decode.workers 1 -> 2" in events

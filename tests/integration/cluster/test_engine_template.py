@@ -24,7 +24,7 @@ from cluster.worker_process import WorkerProcess
 from cluster.worker_spec import WorkerSpec
 from deploy.engines import ENGINES, ROLES
 from deploy.processes import child_environment, end_marked, find_marked
-from tests.waiting import wait_for
+from tests.waiting import until, wait_for
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -44,8 +44,10 @@ def deployment() -> Iterator[None]:
         end_marked(MARK, grace_s=0.0)
 
 
-def worker_process(cores: tuple[int, ...] = (0,), path: Path = tree.BUNDLED_MODEL) -> WorkerProcess:
-    section = {"path": str(path), "max_model_len": 2048, "kv_cache_gib": 0.125}
+def worker_process(
+    cores: tuple[int, ...] = (0,), path: Path = tree.BUNDLED_MODEL, kv_cache_gib: float = 0.125
+) -> WorkerProcess:
+    section = {"path": str(path), "max_model_len": 2048, "kv_cache_gib": kv_cache_gib}
     config = parse_config({"model": {**section, "dtype": "float32"}})
     worker_id = WorkerId(f"w-{secrets.token_hex(4)}")
     spec = WorkerSpec(worker_id, Role.DECODE, ENGINES["vllm"], ROLES, config, cores, "127.0.0.1")
@@ -154,6 +156,29 @@ async def test_what_an_engine_fails_with_is_said(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(StartFailed, match=r"\w+Error: .*\w"):
         await worker_process(path=tmp_path).start()
+    wait_for(is_only_the_template_left, GONE_WITHIN_S)
+
+
+async def test_what_an_engine_process_fails_with_is_said_and_not_where_to_look(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The cause is known to a process below the one that the actor speaks to."""
+    with pytest.raises(StartFailed, match="ValueError: No available memory for the cache"):
+        await worker_process(kv_cache_gib=0.0001).start()
+    assert "See root cause above" in capfd.readouterr().err
+    wait_for(is_only_the_template_left, GONE_WITHIN_S)
+
+
+async def test_the_last_line_is_said_of_a_process_that_is_killed_while_it_starts(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    process = worker_process()
+    starting = asyncio.create_task(process.start())
+    await until(lambda: "EngineCore" in marked(), 30.0)
+    os.write(2, b"(EngineCore pid=1) out of memory\n")
+    marked()["actor"].kill()
+    with pytest.raises(StartFailed, match="ended while the engine started; the last it wrote: "):
+        await starting
     wait_for(is_only_the_template_left, GONE_WITHIN_S)
 
 

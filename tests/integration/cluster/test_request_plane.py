@@ -8,11 +8,19 @@ import pytest
 import pytest_asyncio
 import zmq
 import zmq.asyncio
-from prometheus_client import REGISTRY
 
 from cluster.errors import DeadlineExceeded, HandoffFailed, WorkerLost
 from cluster.messages import CODEC, PROTOCOL_VERSION, Decode, Heartbeat, Prefill, Prefilled, Tokens
-from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, WorkerId
+from cluster.metrics import REGISTRIES
+from cluster.names import (
+    Component,
+    FinishReason,
+    HandoffId,
+    RequestId,
+    Role,
+    RouterId,
+    WorkerId,
+)
 from cluster.request_plane import Leg, WorkerLink
 from tests.integration.fake_worker import FakeWorker, Plan
 from tests.waiting import until
@@ -29,7 +37,8 @@ BAD_FRAMES = [
 
 
 def malformed(plane: str) -> float:
-    return REGISTRY.get_sample_value("tandem_malformed_frames_total", {"plane": plane}) or 0.0
+    registry = REGISTRIES[Component.EVERY]
+    return registry.get_sample_value("tandem_malformed_frames_total", {"plane": plane}) or 0.0
 
 
 @pytest_asyncio.fixture

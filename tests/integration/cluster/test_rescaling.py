@@ -127,6 +127,16 @@ async def test_a_standby_serves_within_a_second() -> None:
         await until(lambda: "standby" in states(controller).values())
 
 
+async def test_a_clock_that_is_set_back_keeps_nobody_waiting() -> None:
+    host = Host()
+    async with running(config(decode=2), host) as controller:
+        controller.scale(pools(1, 1))
+        await until(lambda: "soft_out" in states(controller).values())
+        for member in controller._workforce._members.values():
+            member.since += 3600.0  # what it looks like an hour before
+        await until(lambda: len(states(controller)) == 2)
+
+
 async def test_the_next_controller_takes_the_workers_over() -> None:
     host, store, settings = Host(), MemoryStore(), config(decode=2)
     async with controller_of(settings, host, store) as first:

@@ -129,10 +129,15 @@ class Footprint:
     def of(cls, launcher: Launcher) -> "Footprint":
         state = DeploymentState.read(launcher.name)
         assert state is not None and launcher.process is not None
-        pids = [p.pid for p in find_marked(state.mark)] + [launcher.process.pid]
+        return cls.marked(state.mark, state.temp_dir, launcher.process.pid)
+
+    @classmethod
+    def marked(cls, mark: str, temp_dir: str | None = None, *others: int) -> "Footprint":
+        """Return what the processes of the mark, and others, occupy."""
+        pids = [*(p.pid for p in find_marked(mark)), *others]
         ports = {port for pid in pids for port in _ports(pid)}
         memory = {path for pid in pids for path in _shared_memory(pid)}
-        return cls(state.mark, frozenset(pids), frozenset(ports), frozenset(memory), state.temp_dir)
+        return cls(mark, frozenset(pids), frozenset(ports), frozenset(memory), temp_dir)
 
     def leftovers(self) -> list[str]:
         """Return what is still there, as text."""

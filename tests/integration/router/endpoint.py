@@ -49,6 +49,18 @@ async def no_decisions(after: int, limit: int) -> list[dict[str, object]]:
     return []
 
 
+async def no_targets() -> list[dict[str, object]]:
+    return []
+
+
+async def no_state() -> dict[str, object]:
+    return {}
+
+
+async def no_history(after: int) -> dict[str, object]:
+    return {}
+
+
 async def serve(endpoint: Endpoint, started: threading.Event, stop: threading.Event) -> None:
     """Run the endpoint until `stop`; its address is there once `started` is set."""
     # vLLM takes seconds to import, and other tests of this folder do without.
@@ -72,9 +84,12 @@ async def serve(endpoint: Endpoint, started: threading.Event, stop: threading.Ev
         recent=lambda limit: [{"id": exchange_id} for exchange_id in flow.records][:limit],
         pinned=lambda: {"workers": {}, "open_reservations": 0},
         decisions=no_decisions,
+        targets=no_targets,
+        state=no_state,
+        history=no_history,
     )
     section = RouterSection()
-    app = build_surface({MODEL: frontend}, operations, flow.records.get, section)
+    app = build_surface({MODEL: frontend}, operations, flow.records.get, section, {})
     listening = socket.create_server(("127.0.0.1", 0))
     # asyncio sets this only on sockets it has made; without it a response waits for an ACK.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

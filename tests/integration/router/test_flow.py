@@ -8,7 +8,6 @@ from contextlib import aclosing
 from functools import partial
 
 import pytest
-from prometheus_client import REGISTRY
 
 from cluster.errors import (
     DeadlineExceeded,
@@ -19,7 +18,8 @@ from cluster.errors import (
     WorkerLost,
 )
 from cluster.messages import Decode, Prefill
-from cluster.names import FinishReason, Stage
+from cluster.metrics import REGISTRIES
+from cluster.names import Component, FinishReason, Stage
 from router.flow import GenerateRequest
 from router.records import Outcome, PromptTokens
 from tests.integration.fake_worker import KV_BYTES, Plan
@@ -30,7 +30,7 @@ HANG = Plan("hang", 0)
 
 
 def metric(name: str, **labels: str) -> float:
-    return REGISTRY.get_sample_value(f"tandem_{name}", labels) or 0.0
+    return REGISTRIES[Component.ROUTER].get_sample_value(f"tandem_{name}", labels) or 0.0
 
 
 async def test_a_request_is_prefilled_handed_over_and_decoded() -> None:
@@ -76,6 +76,14 @@ async def test_metrics_follow_the_engines_counts() -> None:
         ("requests_total", {"outcome": "length"}),
         ("ttft_seconds_count", {}),
         ("itl_seconds_count", {}),
+        ("queue_seconds_count", {}),
+        ("prefill_seconds_count", {}),
+        ("transfer_seconds_count", {}),
+        ("e2e_seconds_count", {}),
+        ("tpot_seconds_count", {}),
+        ("arrived_total", {}),
+        ("input_tokens_total", {}),
+        ("slo_requests_total", {}),
         ("open_reservations", {}),
     ]
     before = [metric(name, **labels) for name, labels in names]
@@ -85,7 +93,7 @@ async def test_metrics_follow_the_engines_counts() -> None:
         assert record.bytes_agree is False
     after = [metric(name, **labels) for name, labels in names]
     grown = [new - old for new, old in zip(after, before, strict=True)]
-    assert grown == [99, 1, KV_BYTES, 1, 2, 1, 1, 1, 0]
+    assert grown == [99, 1, KV_BYTES, 1, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 100, 0, 0]
 
 
 @pytest.mark.parametrize(("num_tokens", "local_only"), [(1, False), (100, True)])

@@ -76,6 +76,16 @@ def test_it_follows_the_load_once_per_period() -> None:
     assert autoscaler.snapshot().decode_tps == pytest.approx(500)
 
 
+def test_a_clock_that_is_set_back_holds_no_decision_up() -> None:
+    pools = PaperPools(tps=500)
+    autoscaler = Autoscaler(config_of(), pools)
+    pools.pass_time(autoscaler, 65)
+    count = autoscaler.log.next_seq
+    pools.time -= 7200
+    pools.pass_time(autoscaler, 61)
+    assert autoscaler.log.next_seq - count == 3
+
+
 def test_sizes_that_stay_are_applied_once() -> None:
     pools = PaperPools(tps=200)
     pools.pass_time(Autoscaler(config_of(), pools), 300)
@@ -119,6 +129,16 @@ def test_switched_off_it_decides_nothing() -> None:
     autoscaler = Autoscaler(config_of(mode="off"), pools)
     pools.pass_time(autoscaler, 120)
     assert pools.orders == [] and autoscaler.log.page() == []
+
+
+def test_an_order_and_what_the_file_lacks_are_shown() -> None:
+    pools = PaperPools()
+    autoscaler = Autoscaler(config_of(decision_file="/nowhere/decisions.jsonl"), pools)
+    autoscaler.pin({Role.PREFILL: 3, Role.DECODE: 1}, "by hand")
+    assert (autoscaler.pinned, autoscaler.num_unwritten) == ([3, 1], 0)
+    autoscaler.tick()
+    autoscaler.unpin()
+    assert (autoscaler.pinned, autoscaler.num_unwritten) == (None, 1)
 
 
 def test_after_an_order_is_taken_back_the_load_decides() -> None:
@@ -198,3 +218,28 @@ async def test_it_runs_until_cancelled() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert [sizes for sizes, _ in pools.orders] == [BOTH]
+
+
+def test_a_new_configuration_keeps_what_was_decided_and_sets_the_sizes() -> None:
+    pools = PaperPools()
+    scaler = Autoscaler(config_of(mode="off"), pools)
+    scaler.tick()
+    scaler.reconfigure(config_of(decision_period_s=5.0), {**BOTH, Role.DECODE: 3}, "deployed")
+    assert pools.orders == [({Role.PREFILL: 2, Role.DECODE: 3}, "deployed")]
+    assert scaler.state.target == Sizes(2, 3)
+    first = scaler.tick()
+    assert first is not None and first.current == Sizes(2, 3), "it decides from there at once"
+    before = scaler.decisions(0, 10)
+    scaler.reconfigure(config_of(cooldown_in_s=1.0), BOTH, "deployed again")
+    assert scaler.decisions(0, 10) == before
+    assert scaler.log.next_seq == len(before) + 1
+
+
+def test_an_order_by_hand_outlives_a_new_configuration() -> None:
+    pools = PaperPools()
+    scaler = Autoscaler(config_of(mode="off"), pools)
+    scaler.pin({Role.PREFILL: 1, Role.DECODE: 4}, "by hand")
+    scaler.tick()
+    scaler.reconfigure(config_of(mode="off"), BOTH, "deployed")
+    scaler.tick()
+    assert pools.sizes == {Role.PREFILL: 1, Role.DECODE: 4}

@@ -151,9 +151,27 @@ def test_an_hour_of_drifting_lengths_moves_the_ratio_but_not_far() -> None:
     assert walk.state.estimated_ratio == 1.5
 
 
-def test_a_clock_that_is_set_back_changes_nothing() -> None:
+def test_a_clock_that_is_set_back_costs_one_cooldown_and_says_so() -> None:
+    """Not the hour until it has caught up."""
     walk = Walk(section(), state(4, 4))
-    walk.step(load(400))
-    held = walk.step(load(4000), seconds=-3600)
-    assert held.action is Action.HOLD and walk.sizes == Sizes(4, 4)
-    assert walk.state.decided_at == START + 30
+    walk.step(load(800))
+    assert walk.sizes == Sizes(8, 8)
+    held = walk.step(load(2000), seconds=-3600)
+    assert held.action is Action.HOLD and walk.state.decided_at == held.now
+    assert held.reason.endswith(
+        "scale-out cooldown: last scale-out 0 s ago, 180 s between two;"
+        " the clock was set back 3600 s: cooldowns begin anew"
+    )
+    walk.steps(load(2000), 5)
+    assert walk.sizes == Sizes(8, 8) and "set back" not in walk.decisions[-1].reason
+    walk.step(load(2000))
+    assert walk.sizes == Sizes(20, 20)
+
+
+def test_a_clock_that_is_set_back_prolongs_no_backoff() -> None:
+    config = section()
+    late = state(8, 8, decided_at=START + 9e6, backoff_until=START + 9e6, last_in_at=START + 9e6)
+    walk = Walk(config, late)
+    walk.step(load(100))
+    assert walk.state.backoff_until == walk.now + config.backoff_s
+    assert walk.state.last_in_at == walk.now

@@ -1,7 +1,9 @@
 """From what clients saw to a measurement, to a table, a plot and two lines of YAML."""
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -9,13 +11,13 @@ import yaml
 
 from autoscaler.calibration import Measurement, Objectives, SplitResult, choose
 from autoscaler.ratio import Sizes
-from cluster.config import load_config
+from cluster.config import load_config, parse_config
 from cluster.errors import ConfigError
-from deploy.calibrate import CalibrationPlan, Sweep, _conclude, _require_matching_signal
+from deploy.calibrate import CalibrationPlan, Sweep, _conclude, _require_matching_signal, _sweep
 from deploy.calibration_plot import draw
 from deploy.config_edit import with_settings, write_settings
+from deploy.loadtest.words import Outcome, RequestRecord, Send
 from deploy.pressure import measured
-from deploy.report import Replayed
 
 OBJECTIVES = Objectives(ttft_s=1.0, tbt_s=0.1)
 WINDOW = (10.0, 20.0)
@@ -24,12 +26,16 @@ SETTINGS = {"ratio": "1:2", "target_per_worker": 83.2}
 
 def request(
     sent_at: float, *answers: tuple[float, int], is_over: bool = True, error: str | None = None
-) -> Replayed:
-    times, counts = [at for at, _ in answers], [count for _, count in answers]
-    return Replayed(8, 4, sent_at, times, counts, is_over=is_over, error=error)
+) -> RequestRecord:
+    record = RequestRecord(0, Send(sent_at, (1,) * 8, 4), sent_at, error=error)
+    record.token_s, record.token_counts = [at for at, _ in answers], [n for _, n in answers]
+    record.end_s = 0.0 if is_over else None
+    if is_over:
+        record.outcome = Outcome.COMPLETED if error is None else Outcome.LOST
+    return record
 
 
-def measure(*requests: Replayed, quantile: float = 0.99) -> Measurement:
+def measure(*requests: RequestRecord, quantile: float = 0.99) -> Measurement:
     return measured(Sizes(1, 1), len(requests), requests, WINDOW, OBJECTIVES, quantile)
 
 
@@ -202,3 +208,72 @@ def test_plans_that_cannot_be_measured_are_refused(tmp_path: Path, wrong: dict[s
     files = {"config_out": tmp_path / "c", "plot": tmp_path / "p"}
     with pytest.raises(ConfigError):
         CalibrationPlan(objectives=OBJECTIVES, **files, **{**good, **wrong})  # type: ignore[arg-type]
+
+
+@dataclass
+class Fleet:
+    """A controller whose pools reach every size but `unreachable`."""
+
+    unreachable: Sizes | None = None
+    pinned: Sizes | None = None
+    sizes: Sizes = field(default_factory=lambda: Sizes(1, 1))
+    orders: list[Sizes | None] = field(default_factory=list)
+
+    def status(self) -> dict[str, Any]:
+        serving = Sizes(1, 1) if self.sizes == self.unreachable else self.sizes
+        roles = ["prefill"] * serving.prefill + ["decode"] * serving.decode
+        return {
+            "desired": {"prefill": self.sizes.prefill, "decode": self.sizes.decode},
+            "pinned": self.pinned and self.pinned.as_document(),
+            "bounds": {"prefill": [1, 4], "decode": [1, 4]},
+            "gpus_per_worker": {"prefill": 0, "decode": 0},
+            "gpu_budget": None,
+            "workers": [{"role": role, "state": "ready"} for role in roles],
+            "unplaced": ["decode: no node has a free GPU"],
+            "failed_starts": {},
+        }
+
+    def scale(self, sizes: Sizes) -> None:
+        self.sizes = sizes
+        self.orders.append(sizes)
+
+    def unscale(self) -> None:
+        self.orders.append(None)
+
+
+def swept(fleet: Fleet, folder: Path) -> tuple[Sweep, list[str]]:
+    """Measure every split of three workers, each of which carries 8 clients."""
+    done = Sweep()
+    said: list[str] = []
+    config = parse_config({"cluster": {"start_timeout_s": 1e-9}})
+
+    def measure(sizes: Sizes, clients: int) -> Measurement:
+        return figures(sizes.prefill, sizes.decode, clients, 100.0 * sizes.decode, clients / 8.5)
+
+    link: Any = fleet
+    _sweep(link, config, plan(folder), measure, done, said.append)
+    return done, said
+
+
+def test_a_split_that_does_not_come_about_is_marked_and_the_others_are_measured(
+    tmp_path: Path,
+) -> None:
+    fleet = Fleet(unreachable=Sizes(1, 2))
+    done, said = swept(fleet, tmp_path)
+    assert fleet.orders == [Sizes(1, 2), Sizes(2, 1), Sizes(1, 1), None]
+    lost, found = done.results
+    assert lost.best is None and lost.reason.startswith("1P2D not there within 0 s: 1P1D serve")
+    assert "no node has a free GPU" in lost.reason and any(lost.reason in line for line in said)
+    assert found.best is not None and found.sizes == Sizes(2, 1)
+    assert _conclude(plan(tmp_path), done, said.append) == 0
+
+
+def test_no_split_that_comes_about_is_drawn_too() -> None:
+    results = [SplitResult(Sizes(1, 2), None, "not there")]
+    ElementTree.fromstring(draw([], results, choose(results), OBJECTIVES))
+
+
+def test_sizes_held_by_hand_are_held_again(tmp_path: Path) -> None:
+    fleet = Fleet(pinned=Sizes(2, 2))
+    swept(fleet, tmp_path)
+    assert fleet.orders == [Sizes(1, 2), Sizes(2, 1), Sizes(2, 2)]

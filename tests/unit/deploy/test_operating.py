@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,13 +13,20 @@ from autoscaler.decision import Action
 from autoscaler.decision_log import DecisionLog
 from autoscaler.policy import decide
 from autoscaler.ratio import Sizes
+from cluster.autoscaler_config import AutoscalerSection
 from cluster.errors import ConfigError, TandemError, Unavailable
 from deploy import decisions, scale
 from deploy.cli import main
-from deploy.controller_link import ControllerLink, limits_of, missing_for, wait_for_sizes
+from deploy.controller_link import (
+    ControllerLink,
+    _unanswered,
+    limits_of,
+    missing_for,
+    wait_for_sizes,
+)
 from deploy.decisions import DecisionsView, line
 from deploy.processes import ProcessId
-from deploy.replay import first_difference, read_records, rerun_lines, run
+from deploy.replay import first_difference, read_recording, rerun_lines, run
 from deploy.scale import ScaleOrder
 from deploy.state import DeploymentState
 from deploy.status import show
@@ -40,6 +48,8 @@ def status(prefill: int = 1, decode: int = 1, **changes: Any) -> dict[str, Any]:
         "epoch": 3,
         "autoscaler": "act",
         "desired": {"prefill": prefill, "decode": decode},
+        "pinned": None,
+        "unwritten_decisions": 0,
         "bounds": {"prefill": [1, 4], "decode": [1, 8]},
         "gpu_budget": None,
         "gpus_per_worker": {"prefill": 0, "decode": 0},
@@ -61,6 +71,32 @@ def test_status_tells_what_is_wanted_and_why_it_is_not_there() -> None:
         "prefill-1  prefill  ready  0,1   1.2      -            7                tcp://x",
         "decode-1   decode   ready  0,1   1.2      -            7                tcp://x",
     ]
+
+
+def test_status_tells_of_an_order_by_hand_and_of_decisions_that_are_not_in_the_file() -> None:
+    text = show(status(pinned=[1, 1], unwritten_decisions=3), "http://h").splitlines()
+    assert text[1] == "desired 1P1D, autoscaler act, controller epoch 3, sizes held by hand"
+    assert text[2] == "3 decisions could not be written to the decision file"
+
+
+class RayTaskError(Exception):
+    """As Ray has it: the text is a page of traceback, the cause is the exception itself."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("ray::ControllerActor.scale() (pid=1)\n  File ...")
+        self.cause = cause
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (RayTaskError(Unavailable("it has only just started")), ": it has only just started"),
+        (RayTaskError(KeyError("decode")), " does not answer: KeyError: 'decode'"),
+        (OSError("gone\nadvice"), " does not answer: OSError: gone"),
+    ],
+)
+def test_what_the_controller_raised_is_told_by_its_cause(error: Exception, words: str) -> None:
+    assert str(_unanswered("t", error)) == f"the controller of 't'{words}"
 
 
 class FakeController:
@@ -167,7 +203,7 @@ def recorded(path: Path, loads: list[float]) -> None:
     for index, tps in enumerate(loads):
         sample = snapshot(decode_tps=tps)
         decision, after = decide(section(), before, sample, START + 200.0 * index)
-        log.append(sample, before, decision)
+        log.append(section(), sample, before, decision)
         before = after
 
 
@@ -202,11 +238,17 @@ def test_the_first_difference_is_shown(file: Path) -> None:
     assert said[0] == "#2 at 2027-01-15T08:03:20Z is the first decision that differs:"
     (final,) = (each for each in said if each.startswith("  final:"))
     assert final == "  final: recorded [9, 9], now [8, 8]"
-    assert first_difference(read_records(file), section()) is None
+    recording = read_recording(file)
+    assert first_difference(recording.records, recording.under(section())) is None
+
+
+def reran(file: Path, config: AutoscalerSection) -> list[str]:
+    recording = read_recording(file)
+    return list(rerun_lines(recording.records, recording.under(config)))
 
 
 def test_a_rerun_lists_what_differs_side_by_side(file: Path) -> None:
-    said = list(rerun_lines(read_records(file), section(max_decode=12)))
+    said = reran(file, section(max_decode=12))
     assert said[-3] == "2 of 5 decisions differ"
     assert said[-2].startswith("recorded: 2 moves") and said[-2].endswith("at most 30 workers")
     assert said[-1].startswith("changed: 2 moves") and said[-1].endswith("at most 24 workers")
@@ -214,12 +256,12 @@ def test_a_rerun_lists_what_differs_side_by_side(file: Path) -> None:
     assert heading.split() == ["seq", "time", "recorded", "changed", "why"]
     assert "15P15D -> 15P15D out (signal) 15P15D -> 12P12D out (signal)" in row
     assert "15P15D -> 15P15D hold (signal) 15P15D -> 12P12D hold (signal)" in after
-    same = list(rerun_lines(read_records(file), section()))
+    same = reran(file, section())
     assert same[0] == "0 of 5 decisions differ" and len(same) == 3
 
 
 def test_reruns_rest_on_their_own_decisions(file: Path) -> None:
-    said = list(rerun_lines(read_records(file), section(cooldown_out_s=1e6)))
+    said = reran(file, section(cooldown_out_s=1e6))
     assert any(Action.HOLD in each and "scale-out cooldown" in each for each in said[1:-3])
 
 
@@ -238,18 +280,36 @@ def test_files_that_cannot_be_replayed(
     assert error.startswith(f"tandem: error: {file}: ") and words in error
 
 
-def test_replay_takes_the_settings_of_the_command_line(
+def test_a_file_replays_by_itself_and_the_command_line_changes_it(
     file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert main(["replay", str(file)]) == 0
+    assert "identical" in capsys.readouterr().out
+    changed = ["replay", str(file), "--autoscaler.target_per_worker", "200"]
+    assert main(changed) == 1
+    assert main([*changed, "--rerun"]) == 0
+    assert "decisions differ" in capsys.readouterr().out
+
+
+def test_a_file_without_settings_takes_those_of_the_command_line(
+    file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file.write_text(file.read_text().partition("\n")[2])
     plain = {"mode": "act", "target_per_worker": "100", "max_prefill": "40", "max_decode": "40"}
     pairs = ((f"--autoscaler.{name}", value) for name, value in plain.items())
     flags = ["--no-autoscaler.arrival_term", "--autoscaler.slo_tbt_s", "0.1"]
-    command = ["replay", str(file), *itertools.chain(*pairs), *flags]
-    assert main(command) == 0
+    assert main(["replay", str(file), *itertools.chain(*pairs), *flags]) == 0
     assert "identical" in capsys.readouterr().out
-    assert main([*command, "--autoscaler.target_per_worker", "200"]) == 1
-    assert main([*command, "--autoscaler.target_per_worker", "200", "--rerun"]) == 0
-    assert "decisions differ" in capsys.readouterr().out
+    assert main(["replay", str(file)]) == 1
+
+
+def test_a_line_that_was_torn_is_named(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    head, *lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([head, lines[0], lines[1][:50] + "\n", *lines[2:]]))
+    assert main(["replay", str(file)]) == 0
+    torn, same = capsys.readouterr().out.splitlines()
+    assert torn == f"{file}: left out what was cut off while it was written: line 3"
+    assert same == "4 decisions (#1 to #5) are identical, byte for byte"
 
 
 def pages(monkeypatch: pytest.MonkeyPatch, answers: list[httpx.Response | Exception]) -> list[int]:
@@ -298,6 +358,22 @@ def test_following_waits_for_a_dead_controller_but_not_for_a_deployment_that_is_
     assert seen == [1, 2] and asked == [0, 1, 1, 1, 1, 2]
     said = "tandem: waiting: HTTP 503: the controller does not answer\n"
     assert capsys.readouterr().err == said, "once"
+
+
+@pytest.mark.parametrize("temp_dir", ["/tmp/t", None])
+def test_following_ends_with_a_launcher_that_was_killed(
+    monkeypatch: pytest.MonkeyPatch, temp_dir: str | None
+) -> None:
+    """Its notes are still there; a deployment on a cluster of others' outlives its launcher."""
+    gone = replace(DEPLOYMENT, temp_dir=temp_dir)
+    pages(monkeypatch, [httpx.ConnectError("refused"), page(1), httpx.ConnectError("refused")])
+    states = [gone, None]
+    monkeypatch.setattr(DeploymentState, "read", lambda name: states.pop(0))
+    seen = []
+    with pytest.raises(TandemError, match="the deployment 't' is gone"):
+        for document in decisions._follow(gone, 0):
+            seen.append(document["seq"])
+    assert seen == ([] if temp_dir else [1])
 
 
 def test_an_endpoint_that_is_none_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,14 +5,14 @@ from dataclasses import replace
 
 import httpx
 import pytest
-from prometheus_client import REGISTRY
 
 from cluster import metrics
 from cluster.config import RouterSection
 from cluster.errors import Unavailable
 from router.dispatch import ModelDispatch
 from router.exchange import AsgiApp, Receive, Scope, Send
-from router.surface import Operations, build_surface, show_blocks
+from router.pages import Page
+from router.surface import Operations, build_surface
 
 RECORDS: dict[str, dict[str, object]] = {name: {"id": name} for name in ("first", "second")}
 
@@ -22,16 +22,32 @@ async def decisions(after: int, limit: int) -> list[dict[str, object]]:
     return page[:limit]
 
 
+async def state() -> dict[str, object]:
+    return {"name": "tandem"}
+
+
+async def history(after: int) -> dict[str, object]:
+    return {"rows": [], "next": after}
+
+
 async def no_controller(after: int, limit: int) -> list[dict[str, object]]:
     raise Unavailable("the controller does not answer")
 
 
+async def targets() -> list[dict[str, object]]:
+    return [{"targets": ["127.0.0.1:1"], "labels": {"component": "router"}}]
+
+
+PAGES = {"/dashboard": Page(b"<!doctype html>", "text/html; charset=utf-8")}
 OPERATIONS = Operations(
     health=lambda: (True, "serving"),
     record=RECORDS.get,
     recent=lambda limit: list(RECORDS.values())[:limit],
     pinned=lambda: {"open_reservations": 3},
     decisions=decisions,
+    targets=targets,
+    state=state,
+    history=history,
 )
 
 
@@ -55,7 +71,7 @@ def frontend(name: str) -> AsgiApp:
 
 def endpoint(*names: str, operations: Operations = OPERATIONS) -> httpx.AsyncClient:
     frontends = {name: frontend(name) for name in names}
-    app = build_surface(frontends, operations, lambda _: None, RouterSection())
+    app = build_surface(frontends, operations, lambda _: None, RouterSection(), PAGES)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tandem")
 
 
@@ -70,6 +86,8 @@ def endpoint(*names: str, operations: Operations = OPERATIONS) -> httpx.AsyncCli
         ("/admin/decisions?after=3", 200, {"decisions": [{"seq": 4}, {"seq": 5}], "next": 5}),
         ("/admin/decisions?after=1&limit=1", 200, {"decisions": [{"seq": 2}], "next": 2}),
         ("/admin/decisions?after=9", 200, {"decisions": [], "next": 9}),
+        ("/admin/state", 200, {"name": "tandem"}),
+        ("/admin/history?after=1800000000", 200, {"rows": [], "next": 1_800_000_000}),
         ("/v1/models", 200, {"object": "list", "data": [{"id": "a"}]}),
     ],
 )
@@ -93,6 +111,7 @@ async def test_answers(path: str, status: int, answer: object) -> None:
         ("/admin/decisions?after=٣", 400),
         ("/admin/decisions?after=", 400),
         ("/admin/decisions?after=" + "9" * 5000, 400),
+        ("/admin/history?after=x", 400),
     ],
 )
 async def test_refusals_are_openai_style(path: str, status: int) -> None:
@@ -130,6 +149,14 @@ async def test_metrics_are_this_process_s() -> None:
         response = await client.get("/metrics")
     assert response.headers["content-type"].startswith("text/plain")
     assert "tandem_requests_total" in response.text, metrics.REQUESTS
+    assert "tandem_pinned_blocks" not in response.text, "a worker's"
+
+
+async def test_targets_are_what_prometheus_discovers() -> None:
+    async with endpoint("a") as client:
+        response = await client.get("/admin/targets")
+    assert response.headers["content-type"] == "application/json"
+    assert response.json() == await targets()
 
 
 @pytest.mark.parametrize(
@@ -161,14 +188,3 @@ async def test_models_of_all_front_ends_are_listed() -> None:
 def test_no_model_is_no_endpoint() -> None:
     with pytest.raises(ValueError, match="at least one model"):
         ModelDispatch({})
-
-
-def test_the_block_gauges_follow_the_workers_that_are_there() -> None:
-    first = {"worker_id": "a", "held_blocks": 3, "free_blocks": 7}
-    show_blocks(
-        {"workers": [first, {"worker_id": "new", "held_blocks": None, "free_blocks": None}]}
-    )
-    assert REGISTRY.get_sample_value("tandem_pinned_blocks", {"worker": "a"}) == 3
-    assert REGISTRY.get_sample_value("tandem_free_blocks", {"worker": "a"}) == 7
-    show_blocks({"workers": []})
-    assert REGISTRY.get_sample_value("tandem_pinned_blocks", {"worker": "a"}) is None

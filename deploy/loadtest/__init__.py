@@ -1,0 +1,1 @@
+"""`tandem loadtest`: open-loop load with honest timing against any OpenAI-compatible endpoint."""

@@ -1,0 +1,170 @@
+"""`tandem loadtest --find-goodput`: the highest rate at which enough requests meet objectives."""
+
+import time
+from dataclasses import asdict, dataclass, replace
+
+from cluster.errors import ConfigError, TandemError, Unavailable
+from deploy.loadtest.conduct import Say, Site, measure, sends_of
+from deploy.loadtest.document import Question, document_of
+from deploy.loadtest.run import LoadRun
+from deploy.loadtest.search import (
+    Found,
+    Measure,
+    Probe,
+    SearchPlan,
+    interval,
+    is_hopeless,
+    next_step,
+    verdict,
+)
+from deploy.loadtest.words import Document, Outcome, RequestRecord, Slo, WorkloadSpec
+
+# What a probe that was cut leaves behind: the endpoint ends requests whose clients are gone.
+_SETTLE_S = 2.0
+_MEASURE_OF_RATE = 200
+
+
+@dataclass(slots=True)
+class _Best:
+    """The document of the highest rate that was met, else of the last probe."""
+
+    rate: float = -1.0
+    document: Document | None = None
+
+
+def find(site: Site, question: Question, plan: SearchPlan, say: Say) -> Document:
+    """Search; return the best probe's document with every probe and the result in it.
+
+    Raise `TandemError` if the client itself cannot keep up, `Unavailable` if the endpoint ends.
+    """
+    slo = question.terms.slo
+    if slo.ttft_s is None and slo.tpot_s is None:
+        raise ConfigError("--find-goodput needs --slo-ttft or --slo-tpot")
+    if question.plan.concurrency is not None:
+        raise ConfigError("--find-goodput searches a rate: it does not go with --concurrency")
+    search = _Search(site, question, plan, say)
+    return search.run()
+
+
+class _Search:
+    def __init__(self, site: Site, question: Question, plan: SearchPlan, say: Say) -> None:
+        self._site = site
+        self._question = question
+        self._plan = plan
+        self._say = say
+        self._probes: list[Probe] = []
+        self._documents: list[Document] = []
+        self._best = _Best()
+        self._natural_rate = _rate_of(site, question)
+
+    def run(self) -> Document:
+        step = next_step(self._probes, self._plan)
+        state = "complete"
+        while isinstance(step, Measure) and state == "complete":
+            state = self._probe(step)
+            step = next_step(self._probes, self._plan)
+        document = self._best.document
+        assert document is not None
+        document["state"] = state
+        document["probes"] = self._documents
+        document["goodput"] = None
+        if isinstance(step, Found) and state == "complete":
+            document["goodput"] = asdict(step)
+            self._say(f"goodput: {step.rate:.4g} requests/s ({step.why})")
+        else:
+            self._say("the search was interrupted; its probes so far are kept")
+        return document
+
+    def _probe(self, step: Measure) -> str:
+        """Measure and return the run's state."""
+        # Prompts of their own: what an earlier probe left in caches must not help this one.
+        seed = self._question.seed + len(self._probes)
+        spec = self._spec(step)
+        question = replace(self._question, spec=spec, seed=seed)
+        sends = sends_of(self._site, question)
+        judge = Judge(self._question.terms.slo, len(sends), self._plan)
+        question = replace(
+            question, plan=replace(question.plan, is_decided=judge.is_decided, keeps_text=False)
+        )
+        self._say(f"{step.rate:.4g} requests/s: {len(sends)} requests")
+        run = measure(self._site, question, sends)
+        document = document_of(question, self._site.endpoint, run)
+        self._require_sound(document, run)
+        if run.state == "interrupted":
+            self._best.document = self._best.document or document
+            return run.state
+        probe = Probe(step.rate, judge.num_met, judge.num_judged, run.state == "cut")
+        self._probes.append(probe)
+        self._note(probe, document)
+        if probe.is_cut:
+            time.sleep(_SETTLE_S)
+        return "complete"
+
+    def _spec(self, step: Measure) -> WorkloadSpec:
+        spec = self._question.spec
+        scale = spec.time_scale * step.rate / self._natural_rate
+        return replace(spec, time_scale=scale, num_requests=step.num_requests, duration_s=None)
+
+    def _require_sound(self, document: Document, run: LoadRun) -> None:
+        if run.state == "broken":
+            raise Unavailable(f"{self._site.endpoint.url}: {run.why}")
+        late = document["scheduling"]
+        if run.state != "interrupted" and not late["kept_up"]:
+            raise TandemError(
+                f"the client could not keep up: requests left {late['p99_s'] * 1e3:.1f} ms late "
+                f"at p99, more than {late['limit_s'] * 1e3:g} ms: give it a core"
+            )
+
+    def _note(self, probe: Probe, document: Document) -> None:
+        same = [each for each in self._probes if each.rate == probe.rate]
+        said = verdict(same, self._plan)
+        low, high = interval(probe.num_met, probe.num_requests)
+        share = probe.num_met / probe.num_requests if probe.num_requests else 0.0
+        self._documents.append(
+            {
+                "rate": probe.rate,
+                "attainment": share,
+                "met": probe.num_met,
+                "requests": probe.num_requests,
+                "low": low,
+                "high": high,
+                "verdict": str(said),
+                "is_cut": probe.is_cut,
+                "summary": document["summary"],
+            }
+        )
+        cut = ", ended early" if probe.is_cut else ""
+        self._say(f"  {share:.1%} met, 95 % between {low:.1%} and {high:.1%}{cut}: {said}")
+        rate = probe.rate if said == "met" else 0.0
+        if rate >= self._best.rate:
+            self._best = _Best(rate, document)
+
+
+def _rate_of(site: Site, question: Question) -> float:
+    """Return the workload's own mean rate, from its first requests."""
+    count = question.spec.num_requests or _MEASURE_OF_RATE
+    sends = sends_of(site, question, replace(question.spec, num_requests=count))
+    span_s = sends[-1].at_s - sends[0].at_s
+    if span_s <= 0:
+        raise ConfigError(
+            f"workload {question.spec.text!r}: its requests come all at once, so it has no rate"
+        )
+    return (len(sends) - 1) / span_s
+
+
+class Judge:
+    """Follows a probe's requests and says when it cannot be met any more."""
+
+    def __init__(self, slo: Slo, num_requests: int, plan: SearchPlan) -> None:
+        self._slo = slo
+        self._num_requests = num_requests
+        self._plan = plan
+        self.num_met = 0
+        self.num_judged = 0
+
+    def is_decided(self, record: RequestRecord) -> bool:
+        if record.outcome is Outcome.UNFINISHED:
+            return False
+        self.num_judged += 1
+        self.num_met += all(self._slo.met_by(record))
+        return is_hopeless(self.num_judged - self.num_met, self._num_requests, self._plan)

@@ -1,0 +1,1 @@
+"""Schemas that manifests are held against; README.md says where each comes from."""
