@@ -4,6 +4,7 @@ Routers hold a DEALER per worker, workers one ROUTER; one ZeroMQ frame per messa
 messages per multipart. `PROTOCOL_VERSION` history:
 
 1. first version.
+2. a receipt names the transport.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, WorkerId
 from cluster.wire import Codec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +116,16 @@ class Prefilled:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What the decode side received, beside what the producer says it sent."""
+    """What the decode side received, beside what the producer says it sent.
+
+    `transport` is how: `shm`, `tcp`, several as `shm+tcp`, or empty if nothing was needed.
+    """
 
     num_blocks: int
     received_bytes: int
     produced_bytes: int
     transfer_s: float
+    transport: str = ""
 
 
 @dataclass(frozen=True, slots=True)

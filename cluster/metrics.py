@@ -314,6 +314,12 @@ KV_BYTES = _worker.counted_elsewhere(
     "KV cache payload sent and received by this worker",
     "direction",
 )
+KV_TRANSPORT_BYTES = _worker.counted_elsewhere(
+    "tandem_kv_transport_bytes_total",
+    "bytes",
+    "KV cache payload received by this worker, by how it came (shm, tcp)",
+    "transport",
+)
 HANDOFF_STAGE_SECONDS = _worker.timed_elsewhere(
     "tandem_handoff_stage_seconds",
     "Steps of hand-offs. Once per pull: wait (for decode to have room), pull (first read to last"

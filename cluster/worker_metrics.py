@@ -13,16 +13,26 @@ from cluster.stages import times_in
 
 # Longer than a pull that got stuck takes to give its blocks back.
 _SETTLE_S = 2.0
+_READS_REFUSED = ("unknown", "ended", "stale_epoch", "layout", "range", "transport")
 # The engine's totals by the prefix of their keys: the metric each kind is exported as, and what
 # is shown as 0 before it has happened, so that the first time is seen as an increase.
 _BY_PREFIX = {
     "handoffs_": (metrics.HANDOFFS, ("released", "expired", "aborted", "duplicate")),
     "pulls_": (metrics.PULLS, ("loaded", "failed")),
-    "refused_": (metrics.READS_REFUSED, ("unknown", "ended", "stale_epoch", "layout", "range")),
+    "refused_": (metrics.READS_REFUSED, _READS_REFUSED),
     "bytes_": (metrics.KV_BYTES, ("sent", "received")),
+    "via_": (metrics.KV_TRANSPORT_BYTES, ("shm", "tcp")),
 }
-_FAULTS = ("chunks_late", "chunks_foreign", "chunks_damaged", "frames_malformed", "port_errors")
-_REFUSALS = ("duplicate", "leaving", "role", "invalid")
+_SUBMISSIONS_REFUSED = ("duplicate", "leaving", "role", "invalid")
+_FAULTS = (
+    "chunks_late",
+    "chunks_foreign",
+    "chunks_damaged",
+    "chunks_overtaken",
+    "parcels_overdue",
+    "frames_malformed",
+    "port_errors",
+)
 
 
 class WorkerMetrics:
@@ -35,7 +45,7 @@ class WorkerMetrics:
         self._prompt = metrics.ENGINE_TOKENS.labels("prompt")
         self._running = metrics.ENGINE_REQUESTS.labels("running")
         self._waiting = metrics.ENGINE_REQUESTS.labels("waiting")
-        for cause in _REFUSALS:
+        for cause in _SUBMISSIONS_REFUSED:
             metrics.SUBMISSIONS_REFUSED.labels(cause)
 
     def count(self, role: Role, output: EngineOutput) -> None:

@@ -7,35 +7,37 @@ from kv_transfer.layout import BlockLayout
 
 
 class BlockStore(Protocol):
-    """One engine's KV blocks; both calls release the GIL for large payloads."""
+    """One engine's KV blocks."""
 
     layout: BlockLayout
+    total_bytes: int
 
-    def gather(self, group: int, block_ids: Sequence[int]) -> memoryview:
-        """Return a copy of the blocks, region by region, as bytes."""
+    def gather(self, group: int, block_ids: Sequence[int], into: memoryview) -> None:
+        """Copy the blocks to `into`, region by region; it has just their size."""
         ...
 
     def scatter(self, group: int, block_ids: Sequence[int], payload: memoryview) -> None:
-        """Write what `gather` returned elsewhere into these blocks."""
+        """Write what `gather` copied elsewhere into these blocks."""
         ...
 
 
 class HostBlockStore:
-    """Blocks in plain host memory, without torch: the simulated engine's."""
+    """Blocks in plain host memory, without numpy: the simulated engine's, a few KiB each."""
 
     def __init__(self, layout: BlockLayout, num_blocks: int) -> None:
         self.layout = layout
+        self.total_bytes = num_blocks * sum(group.block_bytes for group in layout.groups)
         self._regions = [
             [memoryview(bytearray(num_blocks * size)) for size in group.region_bytes]
             for group in layout.groups
         ]
 
-    def gather(self, group: int, block_ids: Sequence[int]) -> memoryview:
-        payload = bytearray()
+    def gather(self, group: int, block_ids: Sequence[int], into: memoryview) -> None:
+        offset = 0
         for region, size in self._sized(group):
             for block_id in block_ids:
-                payload += region[block_id * size : (block_id + 1) * size]
-        return memoryview(payload)
+                into[offset : offset + size] = region[block_id * size : (block_id + 1) * size]
+                offset += size
 
     def scatter(self, group: int, block_ids: Sequence[int], payload: memoryview) -> None:
         offset = 0

@@ -78,4 +78,5 @@ def _sum(ours: Receipt, theirs: Receipt) -> Receipt:
         ours.received_bytes + theirs.received_bytes,
         ours.produced_bytes + theirs.produced_bytes,
         max(ours.transfer_s, theirs.transfer_s),
+        "+".join(sorted({*ours.transport.split("+"), *theirs.transport.split("+")} - {""})),
     )

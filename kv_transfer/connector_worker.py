@@ -1,6 +1,5 @@
 """The half of the connector in each vLLM worker: its KV tensors behind a hand-off port."""
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +8,7 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from cluster.process_guard import die_with_parent, end_quickly
 from cluster.vllm_cpu import claim_amx_tiles, make_seeded_prompts_chunkable
+from kv_transfer.array_blocks import ArrayBlockStore, Bytes
 from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddress, WorkerReport
 from kv_transfer.layout import BlockLayout, GroupLayout
 from kv_transfer.port import HandoffPort
@@ -23,8 +23,8 @@ class UnsupportedCache(ValueError):
     """This model's KV cache cannot be handed over; the engine refuses to start."""
 
 
-def block_rows(name: str, cache: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
-    """Return byte matrices [num_blocks, bytes] over `cache`, without copying.
+def block_rows(name: str, cache: torch.Tensor, num_blocks: int) -> list[Bytes]:
+    """Return byte matrices [num_blocks, bytes] over `cache` in host memory, without copying.
 
     Backends put the block dimension first, or second behind a K/V pair; anything else, or a
     block that is not contiguous, raises `UnsupportedCache`.
@@ -37,33 +37,7 @@ def block_rows(name: str, cache: torch.Tensor, num_blocks: int) -> list[torch.Te
         raise UnsupportedCache(f"{name}: no block dimension in {tuple(cache.shape)}")
     if not all(part[0].is_contiguous() for part in parts):
         raise UnsupportedCache(f"{name}: a block is not contiguous in {tuple(cache.shape)}")
-    return [part.view(torch.uint8).reshape(num_blocks, -1) for part in parts]
-
-
-class TensorBlockStore:
-    """Blocks in the KV tensors of one worker; copies are single indexed operations."""
-
-    def __init__(self, layout: BlockLayout, regions: list[list[torch.Tensor]]) -> None:
-        self.layout = layout
-        self._regions = regions
-
-    def gather(self, group: int, block_ids: Sequence[int]) -> memoryview:
-        rows = torch.tensor(block_ids, dtype=torch.int64)
-        layout = self.layout.groups[group]
-        payload = torch.empty(len(rows) * layout.block_bytes, dtype=torch.uint8)
-        parts = payload.split([len(rows) * size for size in layout.region_bytes])
-        for region, part in zip(self._regions[group], parts, strict=True):
-            torch.index_select(region, 0, rows, out=part.view(len(rows), -1))
-        return memoryview(payload.numpy())
-
-    def scatter(self, group: int, block_ids: Sequence[int], payload: memoryview) -> None:
-        rows = torch.tensor(block_ids, dtype=torch.int64)
-        received = torch.frombuffer(payload, dtype=torch.uint8)
-        parts = received.split(
-            [len(rows) * size for size in self.layout.groups[group].region_bytes]
-        )
-        for region, part in zip(self._regions[group], parts, strict=True):
-            region.index_copy_(0, rows, part.view(len(rows), -1))
+    return [part.view(torch.uint8).reshape(num_blocks, -1).numpy() for part in parts]
 
 
 class WorkerHalf:
@@ -91,7 +65,7 @@ class WorkerHalf:
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Open the port over the engine's KV tensors; raise `UnsupportedCache`."""
         num_blocks = self._kv_cache_config.num_blocks
-        regions: list[list[torch.Tensor]] = []
+        regions: list[list[Bytes]] = []
         groups: list[GroupLayout] = []
         for group in self._kv_cache_config.kv_cache_groups:
             rows = [
@@ -102,7 +76,7 @@ class WorkerHalf:
             regions.append(rows)
             sizes = tuple(row.shape[1] for row in rows)
             groups.append(GroupLayout(group.kv_cache_spec.block_size, sizes))
-        store = TensorBlockStore(BlockLayout(tuple(groups), self._identity()), regions)
+        store = ArrayBlockStore(BlockLayout(tuple(groups), self._identity()), regions)
         self._port = HandoffPort(store, self._settings.handoff, self._settings.epoch, self._rank)
         self._fingerprint = store.layout.fingerprint
 

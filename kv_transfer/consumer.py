@@ -20,12 +20,13 @@ from kv_transfer.layout import Read, plan_reads
 from kv_transfer.protocol import (
     Blocks,
     ConsumerMessage,
-    ProducerMessage,
     ReadBlocks,
     Refused,
     Release,
     Renew,
+    Via,
 )
+from kv_transfer.transport import Payload
 
 Damage = Callable[[Read, memoryview], memoryview]
 
@@ -57,6 +58,8 @@ class _Active:
     num_blocks: int = 0
     received_bytes: int = 0
     produced_bytes: int = 0
+    vias: frozenset[Via] = frozenset()
+    taken: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +146,12 @@ class Consumer:
             yield from self._fail(self._active[handoff_id], "cancelled")
 
     def handle(
-        self, message: ProducerMessage, payload: memoryview | None, now: float
+        self, message: Blocks | Refused, payload: Payload | None, now: float
     ) -> Iterable[Order]:
-        """Act on one message; late or foreign ones are counted and dropped."""
+        """Act on one message; late or foreign ones are counted and dropped.
+
+        `payload` is the parcel of a `Blocks`, None if it was not there.
+        """
         active = self._active.get(message.handoff_id)
         if active is None:
             self.counts["chunks_late"] += 1
@@ -166,34 +172,43 @@ class Consumer:
                 yield self._order(announced.offer, Renew(handoff_id, announced.offer.epoch))
 
     def _accept(
-        self, active: _Active, message: Blocks, payload: memoryview | None, now: float
+        self, active: _Active, message: Blocks, payload: Payload | None, now: float
     ) -> Iterable[Order]:
         read = Read(message.group, message.first_block, message.num_blocks)
         if read not in active.handoff.asked:
             self.counts["chunks_foreign"] += 1
             return
-        if self._damage_received is not None and payload is not None:
-            payload = self._damage_received(read, payload)
+        content = None if payload is None else payload.content
+        if self._damage_received is not None and content is not None:
+            content = self._damage_received(read, content)
         began_s = time.perf_counter()
-        damage = self._damage(read, message, payload)
+        damage = self._damage(read, message, content)
         verified_s = time.perf_counter()
         self._verifying.add(verified_s - began_s)
-        if damage or payload is None:
+        if payload is None or content is None or damage:
             self.counts["chunks_damaged"] += 1
             yield from self._fail(active, damage or "no payload")
             return
         positions = slice(read.first_block, read.first_block + read.num_blocks)
-        self._store.scatter(read.group, active.pull.block_ids[read.group][positions], payload)
+        self._store.scatter(read.group, active.pull.block_ids[read.group][positions], content)
         self._scattering.add(time.perf_counter() - verified_s)
-        self.counts["bytes_received"] += payload.nbytes
+        if not payload.is_intact():
+            self.counts["chunks_overtaken"] += 1
+            yield from self._fail(active, "the producer took its memory back during a read")
+            return
+        self.counts["bytes_received"] += content.nbytes
+        self.counts[f"via_{message.via.value}"] += content.nbytes
         handoff, asks = active.handoff.receive(read)
         arrived = replace(
             active,
             handoff=handoff,
             progressed=now,
             num_blocks=active.num_blocks + read.num_blocks,
-            received_bytes=active.received_bytes + payload.nbytes,
-            produced_bytes=message.produced_bytes,
+            received_bytes=active.received_bytes + content.nbytes,
+            # Chunks of several connections overtake each other; the count only grows.
+            produced_bytes=max(active.produced_bytes, message.produced_bytes),
+            vias=active.vias | {message.via},
+            taken=(*active.taken, message.parcel) if message.parcel else active.taken,
         )
         yield from self._proceed(arrived, asks)
 
@@ -218,8 +233,8 @@ class Consumer:
         return None
 
     def _proceed(self, active: _Active, asks: tuple[Read, ...]) -> Iterable[Order]:
-        offer = active.pull.offer
-        self._active[offer.handoff_id] = active
+        offer, taken = active.pull.offer, active.taken
+        self._active[offer.handoff_id] = replace(active, taken=())
         for read in asks:
             ask = ReadBlocks(
                 offer.handoff_id,
@@ -228,8 +243,13 @@ class Consumer:
                 read.group,
                 read.first_block,
                 read.num_blocks,
+                taken=taken,
             )
+            taken = ()
             yield self._order(offer, ask)
+        # Reads on their way may be waiting for just this room; the release returns the rest.
+        if taken and active.handoff.asked:
+            yield self._order(offer, Renew(offer.handoff_id, offer.epoch, taken))
         if active.handoff.state is ConsumerState.LOADED:
             yield from self._end(active)
 
@@ -242,7 +262,11 @@ class Consumer:
         del self._by_key[active.pull.key]
         transfer_s = active.progressed - active.started
         receipt = Receipt(
-            active.num_blocks, active.received_bytes, active.produced_bytes, transfer_s
+            active.num_blocks,
+            active.received_bytes,
+            active.produced_bytes,
+            transfer_s,
+            "+".join(sorted(active.vias)),
         )
         if failure is None:
             self._pulling.add(transfer_s)

@@ -28,7 +28,9 @@ class HostHandoffPort:
         self._store.scatter(0, (block_id,), memoryview(content))
 
     def read(self, block_id: int) -> bytes:
-        return bytes(self._store.gather(0, (block_id,)))
+        content = bytearray(self._store.layout.groups[0].block_bytes)
+        self._store.gather(0, (block_id,), memoryview(content))
+        return bytes(content)
 
     def hold(self, key: str, handoff_id: HandoffId, block_ids: Sequence[int]) -> None:
         self._port.hold(Hold(handoff_id, key, (tuple(block_ids),)))

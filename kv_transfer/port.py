@@ -4,13 +4,13 @@ The engine's thread gives commands and polls results; sockets, leases and block 
 to the port's thread, so no lock is shared with the engine step.
 """
 
+import functools
 import logging
 import os
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
 import zmq
@@ -24,25 +24,35 @@ from kv_transfer import faults
 from kv_transfer.blocks import BlockStore
 from kv_transfer.consumer import Consumer, Order, Pull
 from kv_transfer.handoff import ProducerEvent
+from kv_transfer.links import Link
+from kv_transfer.parcels import Parcels
 from kv_transfer.producer import Answer, Hold, Producer
-from kv_transfer.protocol import CODEC, Blocks, ReadBlocks, Refused, Release, Renew
+from kv_transfer.protocol import (
+    CODEC,
+    Blocks,
+    Greet,
+    ReadBlocks,
+    Refused,
+    Release,
+    Renew,
+    Via,
+    Welcome,
+)
+from kv_transfer.tcp import MAX_FRAME_BYTES
+from kv_transfer.transport import Transport
+from kv_transfer.transports import arena_shape, transports_of
 
 _TICK_MS = 100
-_IDLE_CONNECTION_S = 60.0
+_IDLE_LINK_S = 60.0
 _CLOSE_S = 5.0
 # Whatever is larger is dropped before it is allocated, and its sender disconnected.
 _MAX_REQUEST_BYTES = 64 << 10
-_MAX_PAYLOAD_BYTES = 1 << 30
 
 logger = logging.getLogger(__name__)
 
 Entry = TypeVar("Entry")
-
-
-@dataclass(slots=True)
-class _Connection:
-    socket: zmq.Socket[bytes]
-    last_used: float
+# An endpoint and the epoch of whoever is expected there.
+Peer = tuple[str, int]
 
 
 class HandoffPort:
@@ -54,15 +64,16 @@ class HandoffPort:
         section: HandoffSection,
         epoch: int,
         rank: int = 0,
-        context: zmq.Context[zmq.Socket[bytes]] | None = None,
+        transports: Mapping[Via, Transport] | None = None,
     ) -> None:
-        self._context = context or zmq.Context()
-        self._owns_context = context is None
+        self._context = zmq.Context(io_threads=section.tcp_connections)
         self._listener = self._socket(zmq.ROUTER, _MAX_REQUEST_BYTES)
         port = self._listener.bind_to_random_port(f"tcp://{section.bind_host}")
         self.endpoint = f"tcp://{section.bind_host}:{port}"
+        self._transports = transports or transports_of(section, arena_shape(section, store))
+        parcels = Parcels(self._transports, section.stall_timeout_s)
         self.producer = Producer(
-            store, epoch, section.lease_s, section.checksum, self._run_commands
+            store, epoch, section.lease_s, section.checksum, self._run_commands, parcels
         )
         self.consumer = Consumer(
             store,
@@ -78,7 +89,9 @@ class HandoffPort:
         self._commands: deque[Callable[[], None]] = deque()
         self._freed: deque[str] = deque()
         self._pulls: deque[EndedPull] = deque()
-        self._connections: dict[str, _Connection] = {}
+        self._links: dict[Peer, Link] = {}
+        self._lanes: dict[zmq.Socket[bytes], Peer] = {}
+        self._num_lanes = section.tcp_connections
         self._poller = zmq.Poller()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller.register(self._listener, zmq.POLLIN)
@@ -140,8 +153,7 @@ class HandoffPort:
             logger.error("the KV plane of %s does not end: its thread is left", self.endpoint)
             return
         os.close(self._wake_fd)
-        if self._owns_context:
-            self._context.term()
+        self._context.term()
 
     def _command(self, command: Callable[[], None]) -> None:
         """Have the port's thread run `command`; a closed port has nobody to tell."""
@@ -154,9 +166,11 @@ class HandoffPort:
     def _run(self) -> None:
         while not self._is_closing:
             self._guard(self._turn)
-        for connection in self._connections.values():
-            connection.socket.close()
+        for peer in list(self._links):
+            self._close_link(peer)
         self._listener.close()
+        for transport in self._transports.values():
+            transport.close()
 
     def _guard(self, step: Callable[[], None]) -> None:
         """Run `step`; a dead thread would end all hand-offs and pin every held block."""
@@ -188,11 +202,9 @@ class HandoffPort:
         now = time.monotonic()
         self._answer(self.producer.tick(now))
         self._send(self.consumer.tick(now))
-        for endpoint, connection in list(self._connections.items()):
-            if now - connection.last_used > _IDLE_CONNECTION_S:
-                self._poller.unregister(connection.socket)
-                connection.socket.close()
-                del self._connections[endpoint]
+        for peer, link in list(self._links.items()):
+            if now - link.last_used > _IDLE_LINK_S:
+                self._close_link(peer)
 
     def _serve(self) -> None:
         frames = self._listener.recv_multipart()
@@ -200,49 +212,64 @@ class HandoffPort:
             message = CODEC.decode(frames[-1]) if len(frames) == 2 else None
         except WireError:
             message = None
-        if isinstance(message, ReadBlocks | Renew | Release):
+        if isinstance(message, Greet | ReadBlocks | Renew | Release):
             self._answer(self.producer.handle(frames[0], message, time.monotonic()))
         else:
             self.counts["frames_malformed"] += 1
 
     def _answer(self, answers: Iterable[Answer]) -> None:
         for answer in answers:
-            frames: list[bytes | memoryview] = [answer.peer, CODEC.encode(answer.message)]
-            if answer.payload is not None:
-                frames.append(answer.payload)
+            frames: list[bytes | zmq.Frame] = [answer.peer, CODEC.encode(answer.message)]
+            if answer.frame is not None:
+                frames.append(answer.frame)
             self._listener.send_multipart(frames, copy=False)
 
-    def _receive(self, socket: zmq.Socket[bytes]) -> None:
-        frames = socket.recv_multipart(copy=False)
+    def _receive(self, lane: zmq.Socket[bytes]) -> None:
+        frames = lane.recv_multipart(copy=False)
+        link = self._links[self._lanes[lane]]
         try:
             message = CODEC.decode(frames[0].buffer) if len(frames) <= 2 else None
         except WireError:
             message = None
-        if isinstance(message, Blocks | Refused):
-            payload = frames[1].buffer if len(frames) == 2 else None
-            self._send(self.consumer.handle(message, payload, time.monotonic()))
+        now = time.monotonic()
+        if isinstance(message, Welcome):
+            for refused in link.welcome(message):
+                self._send(self.consumer.handle(refused, None, now))
+        elif isinstance(message, Blocks):
+            payload = link.open(message, frames[1].buffer if len(frames) == 2 else None)
+            self._send(self.consumer.handle(message, payload, now))
+        elif isinstance(message, Refused):
+            self._send(self.consumer.handle(message, None, now))
         else:
             self.counts["frames_malformed"] += 1
 
     def _send(self, orders: Iterable[Order]) -> None:
         for order in orders:
-            socket = self._connection(order.endpoint)
-            # A dead producer's queue is bounded by the stall time-out of its pulls.
-            socket.send(CODEC.encode(order.message), flags=zmq.NOBLOCK)
+            peer = order.endpoint, order.message.epoch
+            link = self._links.get(peer)
+            if link is None:
+                open_lane = functools.partial(self._open_lane, peer)
+                link = Link(peer[1], self._transports, self._num_lanes, open_lane)
+                self._links[peer] = link
+            link.send(order.message, time.monotonic())
 
-    def _connection(self, endpoint: str) -> zmq.Socket[bytes]:
-        connection = self._connections.get(endpoint)
-        if connection is None:
-            socket = self._socket(zmq.DEALER, _MAX_PAYLOAD_BYTES)
-            try:
-                socket.connect(endpoint)
-            except zmq.ZMQError:
-                socket.close()
-                raise
-            self._poller.register(socket, zmq.POLLIN)
-            connection = self._connections[endpoint] = _Connection(socket, 0.0)
-        connection.last_used = time.monotonic()
-        return connection.socket
+    def _open_lane(self, peer: Peer) -> zmq.Socket[bytes]:
+        lane = self._socket(zmq.DEALER, MAX_FRAME_BYTES)
+        try:
+            lane.connect(peer[0])
+        except zmq.ZMQError:
+            lane.close()
+            raise
+        self._poller.register(lane, zmq.POLLIN)
+        self._lanes[lane] = peer
+        return lane
+
+    def _close_link(self, peer: Peer) -> None:
+        link = self._links.pop(peer)
+        for lane in link.lanes:
+            self._poller.unregister(lane)
+            del self._lanes[lane]
+        link.close()
 
     def _socket(self, kind: int, max_bytes: int) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)

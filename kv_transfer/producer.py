@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -15,20 +16,30 @@ from cluster.stages import StageClock
 from kv_transfer.blocks import BlockStore
 from kv_transfer.handoff import ProducerEvent, ProducerHandoff
 from kv_transfer.leases import LeaseTable
+from kv_transfer.parcels import Parcels
 from kv_transfer.protocol import (
     Blocks,
     ConsumerMessage,
+    Greet,
     ProducerMessage,
     ReadBlocks,
     Refusal,
     Refused,
     Release,
     Renew,
+    Via,
+    Welcome,
 )
+from kv_transfer.transport import Stage
+
+if TYPE_CHECKING:
+    import zmq
 
 # A read can overtake the engine step that tells us of the hold, by as long as a step takes. It
 # waits for it, less long than the reader does before it calls the pull stalled.
 UNKNOWN_GRACE_S = 2.5
+# A read waits this long for room where its consumer likes it best, then goes any other way.
+ROOM_GRACE_S = 0.05
 # Hand-offs remembered after their end, so that a late read is refused without that wait.
 _ENDED_KEPT = 4096
 
@@ -48,7 +59,7 @@ class Answer:
 
     peer: bytes
     message: ProducerMessage
-    payload: memoryview | None = None
+    frame: "zmq.Frame | None" = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +92,7 @@ class Producer:
         lease_s: float,
         is_checksummed: bool,
         catch_up: Callable[[], None],
+        parcels: Parcels,
     ) -> None:
         self.freed: list[str] = []
         self.counts: Counter[str] = Counter()
@@ -90,13 +102,15 @@ class Producer:
         self._fingerprint = store.layout.fingerprint
         self._is_checksummed = is_checksummed
         self._catch_up = catch_up
+        self._parcels = parcels
         self._held: dict[HandoffId, _Held] = {}
         self._leases = LeaseTable(lease_s)
         self._parked: list[_Parked] = []
         self._ended: dict[HandoffId, None] = {}
 
     def __repr__(self) -> str:
-        return f"<Producer held={len(self._held)} parked={len(self._parked)}>"
+        state = f"held={len(self._held)} parked={len(self._parked)} out={len(self._parcels)}"
+        return f"<Producer {state}>"
 
     def hold(self, hold: Hold, now: float) -> None:
         """Take blocks into custody; reads that came before are answered by the next `tick`.
@@ -124,48 +138,75 @@ class Producer:
         """Act on one message; nothing a peer sends raises."""
         if isinstance(message, ReadBlocks):
             is_known = message.handoff_id in self._held or message.handoff_id in self._ended
+            if message.epoch == self._epoch:
+                self._parcels.take_back(message.handoff_id, message.taken)
             if not is_known and message.epoch == self._epoch:
                 self._parked.append(_Parked(peer, message, now))
                 return
-            yield self._serve(peer, message, now)
+            yield from self._serve(_Parked(peer, message, now), now)
+        elif isinstance(message, Greet):
+            yield Answer(peer, Welcome(self._epoch, self._parcels.places(message.vias)))
         elif message.epoch != self._epoch:
             self.counts[f"refused_{Refusal.STALE_EPOCH.value}"] += 1
         elif isinstance(message, Renew):
+            self._parcels.take_back(message.handoff_id, message.taken)
             if message.handoff_id in self._held:
                 self._leases.touch(message.handoff_id, now)
         elif isinstance(message, Release):
             self.end(message.handoff_id, ProducerEvent.RELEASED)
 
     def tick(self, now: float) -> Iterable[Answer]:
-        """Expire leases; answer reads whose hold has come, give up on those it never did."""
+        """Expire leases and parcels; answer reads whose hold or room has come, give up on those
+        whose hold never did."""
         for handoff_id in self._leases.take_expired(now):
             self.end(handoff_id, ProducerEvent.EXPIRED)
+        if overdue := self._parcels.expire(now):
+            self.counts["parcels_overdue"] += overdue
         parked, self._parked = self._parked, []
         for entry in parked:
-            if entry.read.handoff_id in self._held:
-                yield self._serve(entry.peer, entry.read, now)
+            if entry.read.handoff_id in self._held or entry.read.handoff_id in self._ended:
+                yield from self._serve(entry, now)
             elif now - entry.since >= UNKNOWN_GRACE_S:
                 yield self._refuse(entry.peer, entry.read, Refusal.UNKNOWN, "no such hand-off")
             else:
                 self._parked.append(entry)
 
-    def _serve(self, peer: bytes, read: ReadBlocks, now: float) -> Answer:
+    def _serve(self, entry: _Parked, now: float) -> Iterable[Answer]:
+        """Answer a read, or park it until there is room for the answer."""
+        peer, read = entry.peer, entry.read
         refusal = self._objection(read)
         if refusal is not None:
-            return self._refuse(peer, read, *refusal)
-        held = self._held[read.handoff_id]
+            yield self._refuse(peer, read, *refusal)
+            return
         self._leases.touch(read.handoff_id, now)
-        self._advance(read.handoff_id, ProducerEvent.READ_STARTED)
+        num_bytes = read.num_blocks * self._store.layout.groups[read.group].block_bytes
+        vias = self._parcels.usable(read.vias, num_bytes)
+        if not vias:
+            yield self._refuse(peer, read, Refusal.TRANSPORT, f"no way for {num_bytes} bytes")
+            return
+        if now - entry.since < ROOM_GRACE_S:
+            vias = vias[:1]
+        staged = self._parcels.stage(vias, num_bytes, read.handoff_id, now)
+        if staged is None:
+            self._parked.append(entry)
+        else:
+            yield self._gather(peer, read, *staged)
+
+    def _gather(self, peer: bytes, read: ReadBlocks, via: Via, stage: Stage) -> Answer:
+        """Copy the blocks out; announce them only if they are still the hand-off's."""
+        held = self._held[read.handoff_id]
         positions = slice(read.first_block, read.first_block + read.num_blocks)
+        self._advance(read.handoff_id, ProducerEvent.READ_STARTED)
         try:
+            block_ids = held.hold.block_ids[read.group][positions]
             began_s = time.perf_counter()
-            payload = self._store.gather(read.group, held.hold.block_ids[read.group][positions])
+            self._store.gather(read.group, block_ids, stage.buffer)
             self._gathering.add(time.perf_counter() - began_s)
             # Preemption or an abort may have taken the blocks while they were copied; bytes of a
             # reused block have a valid checksum, so ownership is checked again before sending.
             self._catch_up()
             is_still_ours = self._held[read.handoff_id].handoff.is_readable
-            answer = self._blocks(peer, read, payload) if is_still_ours else None
+            answer = self._blocks(peer, read, via, stage) if is_still_ours else None
         finally:
             self._advance(read.handoff_id, ProducerEvent.READ_ENDED)
         return answer or self._refuse(peer, read, Refusal.ENDED, "ended while being read")
@@ -189,22 +230,25 @@ class Producer:
             return Refusal.RANGE, "a block outside the attention window is not held"
         return None
 
-    def _blocks(self, peer: bytes, read: ReadBlocks, payload: memoryview) -> Answer:
+    def _blocks(self, peer: bytes, read: ReadBlocks, via: Via, stage: Stage) -> Answer:
         held = self._held[read.handoff_id]
-        produced = held.produced_bytes + payload.nbytes
-        self.counts["bytes_sent"] += payload.nbytes
+        num_bytes = stage.buffer.nbytes
+        produced = held.produced_bytes + num_bytes
+        self.counts["bytes_sent"] += num_bytes
         self._held[read.handoff_id] = replace(held, produced_bytes=produced)
-        checksum = xxhash.xxh3_64_intdigest(payload) if self._is_checksummed else None
+        checksum = xxhash.xxh3_64_intdigest(stage.buffer) if self._is_checksummed else None
         message = Blocks(
             read.handoff_id,
             read.group,
             read.first_block,
             read.num_blocks,
-            payload.nbytes,
+            num_bytes,
             checksum,
             produced,
+            via,
+            stage.parcel,
         )
-        return Answer(peer, message, payload)
+        return Answer(peer, message, stage.frame)
 
     def _refuse(self, peer: bytes, read: ReadBlocks, cause: Refusal, detail: str) -> Answer:
         self.counts[f"refused_{cause.value}"] += 1
@@ -215,6 +259,7 @@ class Producer:
         handoff = held.handoff.advance(event)
         self._held[handoff_id] = replace(held, handoff=handoff)
         if handoff.is_over:
+            self._parcels.end(handoff_id)
             self.freed.append(held.hold.key)
             del self._held[handoff_id]
             self._ended[handoff_id] = None

@@ -1,10 +1,12 @@
 """Every byte between a producer and a consumer of KV caches, and vLLM's spelling of an offer.
 
-A message is one frame; `Blocks` is followed by one payload frame. The consumer drives: it
-reads, the producer answers, so a consumer without memory simply does not ask.
+A message is one frame; `Blocks` is followed by one payload frame if it goes `Via.TCP`. The
+consumer drives: it reads, the producer answers, so a consumer without memory simply does not
+ask. Before its first read it greets the producer, and both know how payloads will go.
 `PROTOCOL_VERSION` history:
 
 1. first version: pull by block range, xxh3-64 per chunk, leases by duration.
+2. transports: `Greet` and `Welcome`, parcels named in `Blocks` and taken in `ReadBlocks`.
 """
 
 import enum
@@ -16,7 +18,7 @@ from cluster.messages import Offer
 from cluster.names import HandoffId, WorkerId
 from cluster.wire import Codec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Refusal(enum.StrEnum):
@@ -28,11 +30,48 @@ class Refusal(enum.StrEnum):
     RANGE = "range"
     ENDED = "ended"
     MALFORMED = "malformed"
+    TRANSPORT = "transport"
+
+
+class Via(enum.StrEnum):
+    """How payloads get from a producer to a consumer."""
+
+    INPROC = "inproc"
+    SHM = "shm"
+    TCP = "tcp"
+
+
+@dataclass(frozen=True, slots=True)
+class Greet:
+    """Consumer to producer, before the first read from one life of it: which ways are there?"""
+
+    epoch: int
+    vias: tuple[Via, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where one transport's payloads are found; only that transport reads the address."""
+
+    via: Via
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Producer to consumer: those of the ways asked for that exist here; its true epoch."""
+
+    epoch: int
+    places: tuple[Place, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ReadBlocks:
-    """Consumer to producer: send these blocks; epoch and fingerprint are checked first."""
+    """Consumer to producer: send these blocks; epoch and fingerprint are checked first.
+
+    `vias` are the ways that work, best first; `taken` are parcels of this hand-off that have
+    been read, so that their memory can be used again.
+    """
 
     handoff_id: HandoffId
     epoch: int
@@ -40,11 +79,13 @@ class ReadBlocks:
     group: int
     first_block: int
     num_blocks: int
+    vias: tuple[Via, ...] = (Via.TCP,)
+    taken: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Producer to consumer: the blocks, in the payload frame, region by region.
+    """Producer to consumer: the blocks are in `parcel` of `via`, region by region.
 
     `checksum` is xxh3-64 of the payload, None when switched off; `produced_bytes` counts what
     the producer has sent for this hand-off so far, this payload included.
@@ -57,6 +98,8 @@ class Blocks:
     payload_bytes: int
     checksum: int | None
     produced_bytes: int
+    via: Via
+    parcel: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +113,11 @@ class Refused:
 
 @dataclass(frozen=True, slots=True)
 class Renew:
-    """Consumer to producer: still wanted, not yet readable here; restart the lease."""
+    """Consumer to producer: still wanted; restart the lease. `taken` is as in a read."""
 
     handoff_id: HandoffId
     epoch: int
+    taken: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,10 +129,21 @@ class Release:
     is_loaded: bool
 
 
-CODEC = Codec(PROTOCOL_VERSION, {1: ReadBlocks, 2: Blocks, 3: Refused, 4: Renew, 5: Release})
+CODEC = Codec(
+    PROTOCOL_VERSION,
+    {
+        1: ReadBlocks,
+        2: Blocks,
+        3: Refused,
+        4: Renew,
+        5: Release,
+        6: Greet,
+        7: Welcome,
+    },
+)
 
-ConsumerMessage = ReadBlocks | Renew | Release
-ProducerMessage = Blocks | Refused
+ConsumerMessage = Greet | ReadBlocks | Renew | Release
+ProducerMessage = Welcome | Blocks | Refused
 
 _CONSUME, _PRODUCE = "do_remote_prefill", "do_remote_decode"
 

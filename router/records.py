@@ -143,6 +143,7 @@ class RequestRecord:
             "produced_bytes": self.receipt and self.receipt.produced_bytes,
             "bytes_agree": self.bytes_agree,
             "pull_s": self.receipt and self.receipt.transfer_s,
+            "transport": self.receipt and self.receipt.transport,
             **self.timeline.as_document(),
         }
 

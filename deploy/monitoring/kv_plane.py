@@ -97,6 +97,13 @@ _HANDOFFS = Row(
             unit="Bps",
         ),
         Panel(
+            "Received, by transport",
+            "shm within a host, tcp between hosts: tcp within one means that shm was refused.",
+            (Query(rate("tandem_kv_transport_bytes_total", "transport"), "{{transport}}"),),
+            unit="Bps",
+            is_stacked=True,
+        ),
+        Panel(
             "Prompt tokens on decode, by origin",
             "transferred is the point of it all; recomputed should have been transferred.",
             (Query(rate("tandem_prompt_tokens_total", "origin"), "{{origin}}"),),

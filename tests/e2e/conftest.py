@@ -2,6 +2,8 @@
 to start."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -12,17 +14,24 @@ CHUNK_TOKENS = 256
 MAX_MODEL_LEN = 2048
 
 
-@pytest.fixture(scope="session")
-def disaggregated() -> Iterator[Served]:
-    """1P1D, float32, small chunks, and no recovery: a failed hand-off fails its request."""
+@contextmanager
+def disaggregation(name: str, **flags: Any) -> Iterator[Served]:
+    """Run 1P1D, float32, small chunks, and no recovery: a failed hand-off fails its request."""
     with tandem(
-        "test-e2e",
+        name,
         model__dtype="float32",
         model__chunk_tokens=CHUNK_TOKENS,
         model__kv_cache_gib=0.5,
         model__frontend_args={"enable_auto_tool_choice": True, "tool_call_parser": "hermes"},
         router__recovery="none",
+        **flags,
     ) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def disaggregated() -> Iterator[Served]:
+    with disaggregation("test-e2e") as served:
         yield served
 
 

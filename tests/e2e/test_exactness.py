@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import BLOCK_SIZE, CHUNK_TOKENS
+from tests.e2e.conftest import BLOCK_SIZE, CHUNK_TOKENS, disaggregation
 from tests.prompts import prompt_of, text_of
 from tests.served import Served
 
@@ -54,6 +54,17 @@ def test_greedy_tokens_are_identical_16_at_a_time(
     assert not wrong, f"prompt lengths that differ: {wrong}"
 
 
+def test_greedy_tokens_are_identical_over_tcp(expected: list[list[int]]) -> None:
+    """The others here go through shared memory, as two engines of one host do."""
+    with disaggregation("test-e2e-tcp", handoff__transports="tcp") as over_tcp:
+        for number in range(0, NUM_PROMPTS, 6):
+            prompt = PROMPTS[number]
+            answer = over_tcp.complete(prompt, return_token_ids=True, **GREEDY)
+            assert answer["choices"][0]["token_ids"] == expected[number], len(prompt)
+            (sequence,) = over_tcp.record(answer["headers"]["x-request-id"])["sequences"]
+            assert sequence["transport"] in ("tcp", None), sequence
+
+
 def test_decode_computes_at_most_one_prompt_token(disaggregated: Served) -> None:
     for prompt in (prompt_of(length, 1000 + length) for length in (2, 130, 700, 1500)):
         answer = disaggregated.complete(prompt, max_tokens=4)
@@ -63,6 +74,7 @@ def test_decode_computes_at_most_one_prompt_token(disaggregated: Served) -> None
         assert tokens["transferred"] + tokens["reused"] + tokens["recomputed"] == len(prompt)
         assert sequence["bytes_agree"] is True
         assert sequence["received_bytes"] > 0
+        assert sequence["transport"] == "shm"
         assert answer["headers"]["x-tandem-prefill-worker"] == sequence["prefill_worker"]
         assert answer["headers"]["x-tandem-decode-worker"] == sequence["decode_worker"]
 

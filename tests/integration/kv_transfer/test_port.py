@@ -61,7 +61,9 @@ class Side:
         return check
 
     def content(self, *block_ids: int) -> bytes:
-        return bytes(self.store.gather(0, block_ids))
+        content = bytearray(len(block_ids) * 4096)
+        self.store.gather(0, block_ids, memoryview(content))
+        return bytes(content)
 
     def offer(self, name: str) -> Offer:
         endpoints = (self.port.endpoint,)
@@ -109,9 +111,15 @@ def test_blocks_cross_real_sockets(open_side: Open) -> None:
     assert ended.receipt.received_bytes == ended.receipt.produced_bytes == 5 * 4096
     assert consumer.content(1, 2, 30, 31, 32) == producer.content(3, 9, 4, 20, 5)
     wait_for(producer.has_freed("h"))
+    assert ended.receipt.transport == "shm"
+    num_bytes = 5 * 4096
     sent, received = producer.port.totals(), consumer.port.totals()
-    assert without_times(sent) == {"handoffs_released": 1, "bytes_sent": 5 * 4096}
-    assert without_times(received) == {"pulls_loaded": 1, "bytes_received": 5 * 4096}
+    assert without_times(sent) == {"handoffs_released": 1, "bytes_sent": num_bytes}
+    assert without_times(received) == {
+        "pulls_loaded": 1,
+        "bytes_received": num_bytes,
+        "via_shm": num_bytes,
+    }
     assert set(times_in(sent)) == {"gather"}
     assert set(times_in(received)) == {"pull", "verify", "scatter"}
 
@@ -140,11 +148,14 @@ def test_a_producer_that_ends_in_the_middle_stalls_the_pull(open_side: Open) -> 
     before = consumer.content(*many)
     closing = threading.Thread(target=producer.port.close)
     gather = producer.store.gather
+    gathered: list[tuple[int, ...]] = []
 
-    def gather_and_close(group: int, block_ids: tuple[int, ...]) -> memoryview:
-        if closing.ident is None:
+    def gather_and_close(group: int, block_ids: tuple[int, ...], into: memoryview) -> None:
+        gathered.append(block_ids)
+        # Two are asked for at first: a third means that one has arrived.
+        if len(gathered) == 3:
             closing.start()
-        return gather(group, block_ids)
+        gather(group, block_ids, into)
 
     producer.store.gather = gather_and_close  # type: ignore[method-assign, assignment]
     consumer.pull(producer.hold("h", *many), *many)
@@ -222,10 +233,10 @@ def test_a_store_that_breaks_does_not_end_the_port(open_side: Open) -> None:
     producer, consumer = open_side(), open_side()
     gather, broken = producer.store.gather, [True]
 
-    def gather_or_break(group: int, block_ids: tuple[int, ...]) -> memoryview:
+    def gather_or_break(group: int, block_ids: tuple[int, ...], into: memoryview) -> None:
         if broken and broken.pop():
             raise MemoryError("no room for a copy")
-        return gather(group, block_ids)
+        gather(group, block_ids, into)
 
     producer.store.gather = gather_or_break  # type: ignore[method-assign, assignment]
     consumer.pull(producer.hold("first", 3), 1)
@@ -372,5 +383,5 @@ def test_two_hundred_handoffs_with_cancellation_leave_nothing(open_side: Open) -
     for name, theirs, ours in whole:
         assert consumer.pulls[name].failure is None
         assert consumer.content(*ours) == producer.content(*theirs)
-    assert "<Producer held=0 parked=0>" in repr(producer.port)
+    assert "<Producer held=0 parked=0 out=0>" in repr(producer.port)
     wait_for(lambda: "<Consumer pulling=0 announced=0>" in repr(consumer.port))

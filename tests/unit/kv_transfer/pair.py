@@ -3,16 +3,22 @@
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from cluster.engine import EndedPull
 from cluster.messages import Offer
 from cluster.names import HandoffId, WorkerId
+from kv_transfer.arena import PAGE_BYTES, ArenaShape
 from kv_transfer.blocks import HostBlockStore
 from kv_transfer.consumer import Consumer, Damage, Order, Pull
+from kv_transfer.inproc import InprocTransport
 from kv_transfer.layout import BlockLayout, GroupLayout
+from kv_transfer.parcels import Parcels
 from kv_transfer.producer import Answer, Hold, Producer
-from kv_transfer.protocol import CODEC, Blocks
+from kv_transfer.protocol import CODEC, Blocks, ReadBlocks, Via
+from kv_transfer.tcp import FrameInlet
+from kv_transfer.transport import Stage
 
 LEASE_S, STALL_S = 30.0, 3.0
 EPOCH = 7
@@ -35,17 +41,18 @@ class WatchedStore(HostBlockStore):
         self.scattered: list[tuple[int, tuple[int, ...]]] = []
         self.while_gathering: Callable[[], None] = lambda: None
 
-    def gather(self, group: int, block_ids: Sequence[int]) -> memoryview:
-        payload = super().gather(group, block_ids)
+    def gather(self, group: int, block_ids: Sequence[int], into: memoryview) -> None:
+        super().gather(group, block_ids, into)
         self.while_gathering()
-        return payload
 
     def scatter(self, group: int, block_ids: Sequence[int], payload: memoryview) -> None:
         self.scattered.append((group, tuple(block_ids)))
         super().scatter(group, block_ids, payload)
 
     def content(self, group: int, block_ids: Sequence[int]) -> bytes:
-        return bytes(super().gather(group, block_ids))
+        content = bytearray(len(block_ids) * self.layout.groups[group].block_bytes)
+        super().gather(group, block_ids, memoryview(content))
+        return bytes(content)
 
     def overwrite(self, group: int, block_ids: Sequence[int], byte: int) -> None:
         size = len(block_ids) * self.layout.groups[group].block_bytes
@@ -60,8 +67,34 @@ class Frame:
     payload: bytes | None
 
 
+class FrameTransport:
+    """Payloads that travel with their message, as over TCP; here as plain bytes."""
+
+    via = Via.TCP
+    max_bytes = 1 << 20
+
+    def address(self) -> str:
+        return ""
+
+    def attach(self, address: str) -> FrameInlet:
+        return FrameInlet()
+
+    def stage(self, num_bytes: int) -> Stage:
+        buffer = memoryview(bytearray(num_bytes))
+        return Stage(0, buffer, buffer)  # type: ignore[arg-type]
+
+    def free(self, parcel: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 class Pair:
-    """Every message crosses as bytes; `settle` delivers until nothing is on its way."""
+    """Every message crosses as bytes; `settle` delivers until nothing is on its way.
+
+    With `num_slots` payloads go through an arena of that many, and as frames if it is full.
+    """
 
     def __init__(
         self,
@@ -71,12 +104,24 @@ class Pair:
         is_checksummed: bool = True,
         damage: Damage | None = None,
         seed: int = 0,
+        num_slots: int = 0,
     ) -> None:
         self.now = 1000.0
         self.layout = layout
         self.theirs, self.ours = WatchedStore(layout, seed + 1), WatchedStore(layout, seed + 2)
         self.late_commands: list[Callable[[], None]] = []
-        self.producer = Producer(self.theirs, EPOCH, LEASE_S, is_checksummed, self._catch_up)
+        arena = InprocTransport(ArenaShape(PAGE_BYTES, max(1, num_slots)), places={})
+        self.vias = (Via.INPROC, Via.TCP) if num_slots else (Via.TCP,)
+        self.inlets = {Via.INPROC: arena.attach(arena.address()), Via.TCP: FrameInlet()}
+        self.parcels = Parcels({Via.INPROC: arena, Via.TCP: FrameTransport()}, STALL_S)
+        self.producer = Producer(
+            self.theirs,
+            EPOCH,
+            LEASE_S,
+            is_checksummed,
+            self._catch_up,
+            self.parcels,
+        )
         self.consumer = Consumer(
             self.ours, 0, chunk_bytes, window, STALL_S, LEASE_S / 3, is_checksummed, damage
         )
@@ -121,19 +166,27 @@ class Pair:
     # The wire.
 
     def send(self, orders: Iterable[Order]) -> None:
-        self.to_producer += [CODEC.encode(order.message) for order in orders]
+        for order in orders:
+            message = order.message
+            if isinstance(message, ReadBlocks):
+                message = replace(message, vias=self.vias)
+            self.to_producer.append(CODEC.encode(message))
 
     def answer(self, answers: Iterable[Answer]) -> None:
         for answer in answers:
-            payload = None if answer.payload is None else bytes(answer.payload)
+            frame: Any = answer.frame
+            payload = None if frame is None else bytes(frame)
             self.to_consumer.append(Frame(CODEC.encode(answer.message), payload))
 
     def deliver_to_producer(self, frame: bytes) -> None:
         self.answer(self.producer.handle(b"consumer", CODEC.decode(frame), self.now))
 
     def deliver_to_consumer(self, frame: Frame) -> None:
-        payload = None if frame.payload is None else memoryview(frame.payload)
-        self.send(self.consumer.handle(CODEC.decode(frame.message), payload, self.now))
+        message, payload = CODEC.decode(frame.message), None
+        if isinstance(message, Blocks) and (inlet := self.inlets[message.via]) is not None:
+            content = None if frame.payload is None else memoryview(frame.payload)
+            payload = inlet.open(message.parcel, message.payload_bytes, content)
+        self.send(self.consumer.handle(message, payload, self.now))
 
     def tick(self, dt: float = 0.0) -> None:
         self.now += dt
@@ -163,7 +216,7 @@ class Pair:
 
     def is_idle(self) -> bool:
         return repr(self.consumer) == "<Consumer pulling=0 announced=0>" and (
-            repr(self.producer) == "<Producer held=0 parked=0>"
+            repr(self.producer) == "<Producer held=0 parked=0 out=0>"
         )
 
 

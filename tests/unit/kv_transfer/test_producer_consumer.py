@@ -43,6 +43,19 @@ def test_blocks_arrive_and_both_sides_are_done(chunk_bytes: int, window: int) ->
     assert pair.is_idle()
 
 
+def test_chunks_that_overtake_each_other_add_up() -> None:
+    pair = Pair(chunk_bytes=64, window=2)
+    pair.hold(THEIRS)
+    pair.pull(OURS)
+    while pair.to_producer:
+        pair.deliver_to_producer(pair.to_producer.popleft())
+    pair.to_consumer.reverse()
+    pair.settle()
+    receipt = pair.result.receipt
+    assert (pair.result.failure, receipt.received_bytes, receipt.produced_bytes) == (None, 128, 128)
+    assert pair.ours.content(0, OURS) == pair.theirs.content(0, THEIRS)
+
+
 def test_two_groups_have_their_own_blocks() -> None:
     pair = Pair(TWO_GROUPS)
     pair.hold(THEIRS, (7, 8))
@@ -154,7 +167,7 @@ def test_reads_a_producer_refuses(label: str, read: dict[str, object], cause: Re
     whole = ReadBlocks(HandoffId("h"), EPOCH, LAYOUT.fingerprint, 0, 0, 1)
     (answer,) = pair.producer.handle(b"x", replace(whole, **read), pair.now)  # type: ignore[arg-type]
     assert isinstance(answer.message, Refused)
-    assert (answer.message.cause, answer.payload) == (cause, None)
+    assert (answer.message.cause, answer.frame) == (cause, None)
     assert pair.producer.counts[f"refused_{cause.value}"] == 1
     assert pair.producer.freed == []
 
@@ -394,7 +407,7 @@ def test_a_read_that_comes_before_its_hold_waits_for_it() -> None:
     pair = Pair()
     pair.pull(OURS)
     pair.settle()
-    assert repr(pair.producer) == "<Producer held=0 parked=2>"
+    assert repr(pair.producer) == "<Producer held=0 parked=2 out=0>"
     pair.tick(UNKNOWN_GRACE_S * 0.9)
     pair.hold(THEIRS)
     pair.tick()

@@ -15,11 +15,15 @@ from kv_transfer.protocol import (
     CODEC,
     PROTOCOL_VERSION,
     Blocks,
+    Greet,
+    Place,
     ReadBlocks,
     Refusal,
     Refused,
     Release,
     Renew,
+    Via,
+    Welcome,
     consume_params,
     handoff_to_produce,
     offer_to_consume,
@@ -28,14 +32,20 @@ from kv_transfer.protocol import (
     produce_params,
 )
 
-KINDS = (ReadBlocks, Blocks, Refused, Renew, Release)
+KINDS = (Greet, Welcome, ReadBlocks, Blocks, Refused, Renew, Release)
 IDS = st.text(max_size=40).map(HandoffId)
 INTS = st.integers(-(2**63), 2**64 - 1)
+WAYS = st.sampled_from(Via)
+VIAS = st.lists(WAYS, max_size=3).map(tuple)
+PARCELS = st.lists(INTS, max_size=3).map(tuple)
+PLACES = st.builds(Place, WAYS, st.text(max_size=40))
 MESSAGES = st.one_of(
-    st.builds(ReadBlocks, IDS, INTS, st.text(max_size=40), INTS, INTS, INTS),
-    st.builds(Blocks, IDS, INTS, INTS, INTS, INTS, st.none() | INTS, INTS),
+    st.builds(Greet, INTS, VIAS),
+    st.builds(Welcome, INTS, st.lists(PLACES, max_size=3).map(tuple)),
+    st.builds(ReadBlocks, IDS, INTS, st.text(max_size=40), INTS, INTS, INTS, VIAS, PARCELS),
+    st.builds(Blocks, IDS, INTS, INTS, INTS, INTS, st.none() | INTS, INTS, WAYS, INTS),
     st.builds(Refused, IDS, st.sampled_from(Refusal), st.text(max_size=80)),
-    st.builds(Renew, IDS, INTS),
+    st.builds(Renew, IDS, INTS, PARCELS),
     st.builds(Release, IDS, INTS, st.booleans()),
 )
 OFFERS = st.builds(

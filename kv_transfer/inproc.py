@@ -1,0 +1,42 @@
+"""Payloads between two ports of one process, for tests: an arena in plain memory."""
+
+import random
+import secrets
+
+from kv_transfer.arena import TOKEN_BYTES, Arena, ArenaInlet, ArenaShape
+from kv_transfer.protocol import Via
+from kv_transfer.transport import Stage
+
+# What stands for the host: ports that are given the same one can reach each other.
+Places = dict[str, memoryview]
+
+
+class InprocTransport:
+    """An arena that ports with the same `places` find by its token."""
+
+    via = Via.INPROC
+
+    def __init__(self, shape: ArenaShape, places: Places) -> None:
+        self.max_bytes = shape.slot_bytes
+        self._places = places
+        self._token = secrets.token_bytes(TOKEN_BYTES)
+        memory = memoryview(bytearray(shape.total_bytes))
+        self._arena = Arena(memory, shape, self._token, random.SystemRandom())
+        places[self._token.hex()] = memory
+
+    def address(self) -> str:
+        return self._token.hex()
+
+    def attach(self, address: str) -> ArenaInlet | None:
+        memory = self._places.get(address)
+        return ArenaInlet.over(memory, bytes.fromhex(address)) if memory is not None else None
+
+    def stage(self, num_bytes: int) -> Stage | None:
+        return self._arena.stage(num_bytes)
+
+    def free(self, parcel: int) -> None:
+        self._arena.free(parcel)
+
+    def close(self) -> None:
+        self._places.pop(self._token.hex(), None)
+        self._arena.close()

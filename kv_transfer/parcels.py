@@ -1,0 +1,87 @@
+"""The parcels a producer has staged and not got back: whose they are, and since when.
+
+Each belongs to one hand-off and goes back when its consumer has taken it, when the hand-off is
+over, or when it has been out longer than any consumer waits: a dead one holds none for good.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from cluster.names import HandoffId
+from kv_transfer.protocol import Place, Via
+from kv_transfer.transport import Stage, Transport
+
+
+@dataclass(frozen=True, slots=True)
+class _Out:
+    via: Via
+    handoff_id: HandoffId
+    since: float
+
+
+class Parcels:
+    """Stages chunks over the first way that works, and keeps book of what is out."""
+
+    def __init__(self, transports: Mapping[Via, Transport], timeout_s: float) -> None:
+        self._transports = transports
+        self._timeout_s = timeout_s
+        self._out: OrderedDict[int, _Out] = OrderedDict()
+        self._of: dict[HandoffId, set[int]] = {}
+
+    def __len__(self) -> int:
+        return len(self._out)
+
+    def places(self, vias: Iterable[Via]) -> tuple[Place, ...]:
+        """Return where the wanted transports, as far as they exist here, are found."""
+        found = [self._transports[via] for via in vias if via in self._transports]
+        return tuple(Place(transport.via, transport.address()) for transport in found)
+
+    def stage(
+        self, vias: Iterable[Via], num_bytes: int, handoff_id: HandoffId, now: float
+    ) -> tuple[Via, Stage] | None:
+        """Return memory for a chunk over the first of `vias` that has room, and which it is."""
+        for via in vias:
+            stage = self._transports[via].stage(num_bytes)
+            if stage is not None:
+                if stage.parcel:
+                    self._out[stage.parcel] = _Out(via, handoff_id, now)
+                    self._of.setdefault(handoff_id, set()).add(stage.parcel)
+                return via, stage
+        return None
+
+    def usable(self, vias: Iterable[Via], num_bytes: int) -> list[Via]:
+        """Return those of `vias` that exist here and can carry such a chunk."""
+        return [
+            via
+            for via in vias
+            if via in self._transports and num_bytes <= self._transports[via].max_bytes
+        ]
+
+    def take_back(self, handoff_id: HandoffId, parcels: Iterable[int]) -> None:
+        """The hand-off's consumer has read these; parcels of others are not its to return."""
+        for parcel in self._of.get(handoff_id, set()).intersection(parcels):
+            self._free(parcel)
+
+    def end(self, handoff_id: HandoffId) -> None:
+        """The hand-off is over: whatever it still has out comes back."""
+        for parcel in self._of.get(handoff_id, set()).copy():
+            self._free(parcel)
+
+    def expire(self, now: float) -> int:
+        """Take back what nobody has taken in time; return how many."""
+        num_before = len(self._out)
+        while self._out:
+            parcel, out = next(iter(self._out.items()))
+            if now - out.since < self._timeout_s:
+                break
+            self._free(parcel)
+        return num_before - len(self._out)
+
+    def _free(self, parcel: int) -> None:
+        out = self._out.pop(parcel)
+        self._transports[out.via].free(parcel)
+        parcels = self._of[out.handoff_id]
+        parcels.discard(parcel)
+        if not parcels:
+            del self._of[out.handoff_id]

@@ -1,0 +1,85 @@
+"""How payloads get from a producer's memory into a consumer's: one interface, one way each.
+
+A producer *stages* a chunk: it gathers blocks into memory the transport gave it, looks once
+more whether the blocks are still its own, and only then announces the chunk in a message that
+names the *parcel*. A consumer has *attached* to the producer's place and opens the parcel there.
+The parcel belongs to the consumer until it says that it has taken it, or the hand-off ends.
+
+The calls are synchronous and move one chunk, so a device transport fits: `stage` gives device
+memory that others of the host can map (`cuda_ipc`), or posts the send that `open` waits for
+with a time-out (`nccl`, over an injected send and receive).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from kv_transfer.protocol import Via
+
+if TYPE_CHECKING:
+    import zmq
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Memory to gather one chunk into; `frame` is set if the message carries it along."""
+
+    parcel: int
+    buffer: memoryview
+    frame: "zmq.Frame | None" = None
+
+
+def _always() -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """One chunk where the consumer can read it.
+
+    `is_intact` is asked after reading: a producer that has given the consumer up may have put
+    something else there meanwhile.
+    """
+
+    content: memoryview
+    is_intact: Callable[[], bool] = _always
+
+
+class Inlet(Protocol):
+    """A consumer's end: one producer's place, attached."""
+
+    def open(self, parcel: int, num_bytes: int, frame: memoryview | None) -> Payload | None:
+        """Return an announced chunk; None if it is not there, whatever a peer may have said."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the producer's memory."""
+        ...
+
+
+class Transport(Protocol):
+    """One way of carrying payloads, for every peer of one port; called from its thread only."""
+
+    via: Via
+    max_bytes: int
+    """Larger chunks cannot go this way."""
+
+    def address(self) -> str:
+        """Return what consumers need in order to attach; memory is taken at the first call."""
+        ...
+
+    def attach(self, address: str) -> Inlet | None:
+        """Return the way into a producer's place, None if it cannot be reached from here."""
+        ...
+
+    def stage(self, num_bytes: int) -> Stage | None:
+        """Return memory for a chunk, None while there is no room."""
+        ...
+
+    def free(self, parcel: int) -> None:
+        """The parcel was taken or is given up: its memory may be used again."""
+        ...
+
+    def close(self) -> None:
+        """Give all memory back."""
+        ...

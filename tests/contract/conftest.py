@@ -1,0 +1,3 @@
+"""Fixtures of the contracts."""
+
+from tests.contract.handoff_sides import open_side as open_side

@@ -1,0 +1,120 @@
+"""What the transports between two processes promise, and what when one of them is killed."""
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+from cluster.messages import Offer
+from tests.contract.handoff_sides import ACROSS, SECTION, STALL_S, Open, Side, content, store_of
+from tests.waiting import wait_for
+
+
+def _produce(kind: str, pipe: "Connection[Any, Any]") -> None:
+    side = Side(SECTION.model_copy(update={"transports": (kind,)}), 77)
+    pipe.send(side.hold("h", range(1, 400)))
+    if pipe.recv() == "slowly":
+        # Deaf from here on: the consumer sits in the middle of the hand-off.
+        gather = side.store.gather
+        blocked = threading.Event()
+
+        def stop(group: int, block_ids: Sequence[int], into: memoryview) -> None:
+            if block_ids[0] > 100:
+                pipe.send("in the middle")
+                blocked.wait()
+            gather(group, block_ids, into)
+
+        side.store.gather = stop  # type: ignore[method-assign]
+    pipe.send("go")
+    signal.pause()
+
+
+def _consume(kind: str, offer: Offer, pipe: "Connection[Any, Any]") -> None:
+    side = Side(SECTION.model_copy(update={"transports": (kind,)}), 78)
+    blocked = threading.Event()
+
+    def stop(group: int, block_ids: Sequence[int], payload: memoryview) -> None:
+        pipe.send("in the middle")
+        blocked.wait()
+
+    side.store.scatter = stop  # type: ignore[method-assign]
+    side.pull(offer, range(1, 400))
+    signal.pause()
+
+
+def heard(pipe: "Connection[Any, Any]") -> Any:
+    assert pipe.poll(30), "the other process says nothing"
+    return pipe.recv()
+
+
+@pytest.fixture
+def other() -> Iterator[Callable[..., tuple[multiprocessing.Process, "Connection[Any, Any]"]]]:
+    """Run a function in a process of its own, with a pipe; killed afterwards."""
+    context = multiprocessing.get_context("spawn")
+    started: list[tuple[Any, Any]] = []
+
+    def start(target: Callable[..., None], *arguments: object) -> tuple[Any, Any]:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=target, args=(*arguments, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        started.append((process, ours))
+        return process, ours
+
+    yield start
+    for process, pipe in started:
+        process.kill()
+        process.join()
+        process.close()
+        pipe.close()
+
+
+@pytest.mark.parametrize("kind", ACROSS)
+def test_blocks_cross_processes(open_side: Open, other: Any, kind: str) -> None:
+    consumer = open_side(kind)
+    _, pipe = other(_produce, kind)
+    offer = heard(pipe)
+    pipe.send("at once")
+    assert heard(pipe) == "go"
+    consumer.pull(offer, range(1, 400))
+    wait_for(consumer.has_ended("h"))
+    assert consumer.pulls["h"].failure is None
+    assert consumer.pulls["h"].receipt.transport == kind
+    assert content(consumer.store, range(1, 400)) == content(store_of(77), range(1, 400))
+
+
+@pytest.mark.parametrize("kind", ACROSS)
+def test_a_producer_that_is_killed_in_the_middle(open_side: Open, other: Any, kind: str) -> None:
+    consumer, survivor = open_side(kind, stall_timeout_s=STALL_S), open_side(kind)
+    process, pipe = other(_produce, kind)
+    offer = heard(pipe)
+    pipe.send("slowly")
+    assert heard(pipe) == "go"
+    consumer.pull(offer, range(1, 400))
+    assert heard(pipe) == "in the middle"
+    process.kill()
+    process.join()
+    wait_for(consumer.has_ended("h"), 10)
+    assert "no data for" in (consumer.pulls["h"].failure or "")
+    consumer.pull(survivor.hold("after", range(1, 30)), range(1, 30))
+    wait_for(consumer.has_ended("after"))
+    assert consumer.pulls["after"].failure is None
+
+
+@pytest.mark.parametrize("kind", ACROSS)
+def test_a_consumer_that_is_killed_in_the_middle(open_side: Open, other: Any, kind: str) -> None:
+    """What it had not taken is taken back, long before the lease of the hand-off ends."""
+    producer, consumer = open_side(kind, lease_s=3.0, stall_timeout_s=STALL_S), open_side(kind)
+    process, pipe = other(_consume, kind, producer.hold("h", range(1, 400)))
+    assert heard(pipe) == "in the middle"
+    process.kill()
+    process.join()
+    wait_for(lambda: "out=0" in repr(producer.port), 10)
+    consumer.pull(producer.hold("after", range(1, 400)), range(1, 400))
+    wait_for(consumer.has_ended("after"))
+    assert consumer.pulls["after"].failure is None
+    wait_for(producer.has_freed("h", "after"), 10)
