@@ -38,6 +38,14 @@ PAIR_INPUT, PAIR_OUTPUT = 256, 32
 # A prompt takes 256 ms and the next one comes 500 ms later: nobody ever waits for anybody.
 FIXED = {"simulated.prefill_tokens_per_s": "1000", "simulated.decode_step_s": "0.02"}
 AGREE_WITHIN = 0.03
+# What `vllm bench serve` runs; the command itself asks for a distribution that the CPU one is not.
+BENCH_SERVE = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
 
 QUICK = {"simulated.prefill_tokens_per_s": "1000000", "simulated.decode_step_s": "0.01"}
 EVERY = {"simulated.decode_step_per_request_s": "0", "simulated.num_blocks": "4096"}
@@ -146,7 +154,7 @@ def write_trace(path: Path) -> None:
 
 def theirs(url: str, model: str, trace: Path, folder: Path) -> tuple[float, float]:
     """Return mean TTFT and median ITL in ms as `vllm bench serve` sees them."""
-    command = [str(Path(sys.executable).with_name("vllm")), "bench", "serve"]
+    command = [sys.executable, "-c", BENCH_SERVE]
     command += ["--backend", "vllm", "--base-url", url, "--model", model]
     command += ["--tokenizer", str(BUNDLED_MODEL), "--dataset-name", "timed_trace"]
     command += ["--dataset-path", str(trace), "--num-prompts", str(PAIR_REQUESTS)]
