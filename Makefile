@@ -18,8 +18,9 @@ SET ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
 PIP_INSTALL := $(PY) -m pip install --quiet --no-deps --disable-pip-version-check
 TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
-# Debian packages the tests need.
-APT_PACKAGES :=
+# Debian packages the tests need. Prometheus is run by its test: the daemon that the package starts
+# is stopped, unless it was there before.
+APT_PACKAGES := chromium prometheus
 
 # Flags of `make serve` and `make demo`; an empty one leaves tandem's default.
 PREFILL ?=
@@ -79,8 +80,11 @@ system-deps: ## install the Debian packages that tests need (as root; else print
 			|| missing="$$missing $$p"; done; \
 	if [ -z "$$missing" ]; then exit 0; fi; \
 	if [ "$$(id -u)" = 0 ]; then \
-		apt-get update && DEBIAN_FRONTEND=noninteractive \
+		apt-get update; \
+		DEBIAN_FRONTEND=noninteractive \
 			apt-get install -y --no-install-recommends $$missing; \
+		case "$$missing" in *prometheus*) \
+			systemctl disable --now prometheus 2>/dev/null || true;; esac; \
 	else \
 		echo "error: the tests need Debian packages; run:" \
 			"sudo apt-get install -y --no-install-recommends$$missing" >&2; exit 1; \
@@ -119,7 +123,7 @@ fmt: $(DEV_STAMP) ## format and apply safe lint fixes
 
 .PHONY: unit
 unit: $(DEV_STAMP) ## the unit tier: no Ray, no sockets, under 10 s
-	$(PYTEST) tests/unit --durations=3 $(ARGS)
+	$(PYTEST) tests/unit -n 2 --durations=3 $(ARGS)
 
 .PHONY: test
 test: system-deps lint unit ## lint, then every test that needs no GPU (at most 30 minutes)
@@ -127,7 +131,7 @@ test: system-deps lint unit ## lint, then every test that needs no GPU (at most 
 
 .PHONY: test-full
 test-full: system-deps lint ## the same with the long tests, properties tried 500 times each
-	$(PYTEST) tests/unit --hypothesis-profile=full $(ARGS)
+	$(PYTEST) tests/unit -n 2 --hypothesis-profile=full $(ARGS)
 	$(PYTEST) $(TIERS) $(ARGS)
 
 .PHONY: bench

@@ -43,6 +43,11 @@ class ControllerMetrics:
         self._config = config.autoscaler
         prefill, decode = self._config.ratio_pair
         self._configured_ratio = self._ratio = prefill / decode
+        for role in Role:
+            for bound in ("min", "max"):
+                limit = getattr(self._config, f"{bound}_{role.value}")
+                metrics.POOL_LIMIT_WORKERS.labels(role.value, bound).set(limit)
+        metrics.OBJECTIVE_RATIO.set(self._config.latency_quantile)
         metrics.OBJECTIVE_SECONDS.clear()
         objectives = {"ttft": self._config.slo_ttft_s, "tbt": self._config.slo_tbt_s}
         for name, objective_s in objectives.items():

@@ -361,6 +361,16 @@ SIGNAL_TARGET = _controller.gauge(
 OBJECTIVE_SECONDS = _controller.gauge(
     "tandem_objective_seconds", "seconds", "Configured objectives: ttft, tbt", "objective"
 )
+OBJECTIVE_RATIO = _controller.gauge(
+    "tandem_objective_ratio", "ratio", "Share of requests that should meet an objective"
+)
+POOL_LIMIT_WORKERS = _controller.gauge(
+    "tandem_pool_limit_workers",
+    "workers",
+    "Configured bounds of the pools: min, max",
+    "pool",
+    "bound",
+)
 RAW_TARGET_WORKERS = _controller.gauge(
     "tandem_raw_target_workers",
     "workers",

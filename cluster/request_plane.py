@@ -63,6 +63,8 @@ class WorkerSocket:
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         port = self._socket.bind_to_random_port(f"tcp://{host}")
         self.endpoint = f"tcp://{host}:{port}"
+        # Shown as 0 from the start: the first one is to be seen as an increase.
+        MALFORMED_FRAMES.labels("request")
 
     async def receive(self) -> AsyncIterator[tuple[bytes, RouterMessage]]:
         """Yield (peer, message) until the socket is closed."""
@@ -174,6 +176,7 @@ class WorkerLink:
         timeout_s: float,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        MALFORMED_FRAMES.labels("token")
         self.worker_id = worker_id
         self.endpoint = endpoint
         self.snapshot: WorkerSnapshot | None = None

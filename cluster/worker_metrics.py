@@ -22,6 +22,7 @@ _BY_PREFIX = {
     "bytes_": (metrics.KV_BYTES, ("sent", "received")),
 }
 _FAULTS = ("chunks_late", "chunks_foreign", "chunks_damaged", "frames_malformed", "port_errors")
+_REFUSALS = ("duplicate", "leaving", "role", "invalid")
 
 
 class WorkerMetrics:
@@ -34,6 +35,8 @@ class WorkerMetrics:
         self._prompt = metrics.ENGINE_TOKENS.labels("prompt")
         self._running = metrics.ENGINE_REQUESTS.labels("running")
         self._waiting = metrics.ENGINE_REQUESTS.labels("waiting")
+        for cause in _REFUSALS:
+            metrics.SUBMISSIONS_REFUSED.labels(cause)
 
     def count(self, role: Role, output: EngineOutput) -> None:
         """Take in one request's news from one engine step."""

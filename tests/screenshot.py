@@ -46,8 +46,8 @@ DEPLOYMENT: dict[str, Any] = {
 }
 # Width, height, theme, name.
 PICTURES = (
-    (1440, 1000, "light", "dashboard"),
-    (1440, 1000, "dark", "dashboard-dark"),
+    (1440, 1500, "light", "dashboard"),
+    (1440, 1500, "dark", "dashboard-dark"),
     (390, 844, "light", "dashboard-phone"),
 )
 

@@ -72,7 +72,7 @@ def _add_workload(command: argparse.ArgumentParser) -> None:
         "--workload",
         default="azure",
         metavar="SPEC",
-        help="KIND[:key=value,...]; 'help' lists them (default: azure)",
+        help="KIND[:key=value,...], or 'help' (default: azure)",
     )
     for flag, about in (
         ("--time-scale", "arrivals come this many times as fast"),

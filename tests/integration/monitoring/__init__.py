@@ -1,0 +1,1 @@
+"""What deploy/monitoring ships, held against promtool, Grafana's model and a real Prometheus."""
