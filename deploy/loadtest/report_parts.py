@@ -86,7 +86,10 @@ def settings(run: Run) -> list[tuple[str, str]]:
     return [
         ("Workload", workload["spec"]),
         ("Scaled", ", ".join([*scales, fitted if length is None else f"length x {length:g}"])),
-        ("Requests", f"{workload['requests']:,} over {figures.clock(workload['duration_s'])}"),
+        (
+            "Requests",
+            f"{workload['requests']:,} over {figures.clock(round(workload['duration_s'], 1))}",
+        ),
         (
             "Tokens asked for",
             f"{workload['prompt_tokens']:,} in prompts, {workload['output_tokens']:,} in answers",
