@@ -169,6 +169,8 @@ def test_the_explorer_gathers_the_requests_of_every_replica(
         return len(known) >= 12 and len({r["router_id"] for r in known.values()}) == 2
 
     wait_until(gathered, WAIT_S, "both replicas")
+    # What nobody looks at is not asked for.
+    dashboard.page.locator(".requests").scroll_into_view_if_needed()
     rows = dashboard.page.locator("#request-list > li")
     keys = "all => all.map((row) => row.dataset.key)"
     wait_until(lambda: set(rows.evaluate_all(keys)) == known.keys(), WAIT_S, "all of them shown")
