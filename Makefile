@@ -108,6 +108,10 @@ serve: $(RUNTIME_STAMP) ## start a local deployment and stay up (PREFILL= DECODE
 down: $(RUNTIME_STAMP) ## stop whatever a deployment on this machine left behind
 	$(BIN)/tandem down $(ARGS)
 
+.PHONY: screenshot
+screenshot: $(DEV_STAMP) system-deps ## take the pictures of the dashboard for README and docs
+	$(PY) -m tests.screenshot $(ARGS)
+
 # --- checking
 
 .PHONY: lint
