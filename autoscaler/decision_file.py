@@ -39,6 +39,13 @@ class DecisionFile:
         self._is_failing = self._may_be_torn = False
         return True
 
+    def is_new(self) -> bool:
+        """Return whether nothing is in the file: it may have been rotated away."""
+        try:
+            return self._path.stat().st_size == 0
+        except OSError:
+            return True
+
     def _append(self, content: bytes) -> None:
         with self._path.open("ab", buffering=0) as file:
             if self._may_be_torn and not _ends_a_line(self._path):

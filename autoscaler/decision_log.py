@@ -94,7 +94,7 @@ class DecisionLog:
     def _write(self, file: DecisionFile, config: AutoscalerSection, record: Record) -> None:
         """Write the record; before it the settings, where the file does not have these yet."""
         lines = [canonical_json(record.as_document())]
-        if config != self._settings:
+        if config != self._settings or file.is_new():
             lines.insert(0, canonical_json({"settings": config.model_dump(mode="json")}))
         if file.write(lines):
             self._settings = config

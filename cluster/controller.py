@@ -102,6 +102,7 @@ class Controller:
         self._saved: dict[str, Any] = {}
         self._saved_revision: Hashable = None
         self._is_stopping = False
+        self._saving = asyncio.Lock()
         self._is_in_office = asyncio.Event()
         self.is_fenced = False
 
@@ -256,7 +257,8 @@ class Controller:
                 self._workforce.drop_silent()
                 if scaling.done():
                     scaling.result()
-                await self._save()
+                async with self._saving:
+                    await self._save()
                 if self.is_fenced:
                     break
                 await self._act()
@@ -323,6 +325,8 @@ class Controller:
 
     async def _save(self) -> None:
         """Write down what has changed, unless a later controller does so by now."""
+        if self._is_stopping:
+            return
         assert self._scaler is not None
         self.is_fenced = await asyncio.to_thread(self._store.latest_epoch) > self._epoch
         if self.is_fenced:
@@ -332,9 +336,10 @@ class Controller:
             await asyncio.to_thread(self._store.save, "autoscaler", self._scaler.document())
             self._saved_revision = revision
         notes = {
-            "config": self._in_force.as_document(),
             "sizes": {role.value: n for role, n in self._sizes.items()},
             "workforce": self._workforce.as_document(),
+            # Last: routers offer it again as long as it has not been written down.
+            "config": self._in_force.as_document(),
         }
         for name, document in notes.items():
             if document != self._saved[name]:
@@ -436,4 +441,5 @@ class Controller:
         await self._workforce.stop_all()
         if self._placer is not None:
             await asyncio.to_thread(self._placer.withdraw)
-        await asyncio.to_thread(self._store.clear)
+        async with self._saving:  # a note written after this would outlive the deployment
+            await asyncio.to_thread(self._store.clear)

@@ -49,6 +49,7 @@ class ControllerMetrics:
                 metrics.POOL_LIMIT_WORKERS.labels(role.value, bound).set(limit)
         metrics.OBJECTIVE_RATIO.set(self._config.latency_quantile)
         metrics.OBJECTIVE_SECONDS.clear()
+        metrics.SIGNAL_TARGET.clear()
         objectives = {"ttft": self._config.slo_ttft_s, "tbt": self._config.slo_tbt_s}
         for name, objective_s in objectives.items():
             if objective_s is not None:

@@ -24,6 +24,8 @@ def target_list(
     groups = [_group(deployment, Component.CONTROLLER, controller.exporter, controller.node)]
     groups += [_group(deployment, Component.ROUTER, each.exporter, each.node) for each in routers]
     for entry in workers:
+        if not entry.exporter:
+            continue
         own = {"worker_id": str(entry.worker_id), "role": entry.role.value}
         groups.append(_group(deployment, Component.WORKER, entry.exporter, entry.node, **own))
     return groups

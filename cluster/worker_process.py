@@ -34,6 +34,8 @@ MAX_MESSAGE_BYTES = 1 << 16
 _LAUNCH_TIMEOUT_S = 30.0
 _POLL_S = 0.02
 _MAX_FORKS = 2
+# Has malloc ask for transparent huge pages (glibc 2.35 and later; others ignore it).
+_HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +169,9 @@ def _launch_template(name: str) -> None:
         # that computes sets its own number.
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
+        # A CPU engine reads all its weights and the request's KV cache in every step: in pages of
+        # 4 KiB it waits for page tables half the time (`make bench-start` and docs/benchmarks.md).
+        "GLIBC_TUNABLES": ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), _HUGE_PAGES))),
         **_preloads(),
     }
     command = [sys.executable, "-m", "cluster.engine_template", name, str(os.getppid())]

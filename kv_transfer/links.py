@@ -69,9 +69,9 @@ class Link:
             self._put(self._next_lane(), replace(read, vias=tuple(self._inlets)))
             return
         self._waiting.append(read)
-        if not self._is_greeted:
-            self._is_greeted = True
-            self._put(self.lanes[0], Greet(self._epoch, tuple(self._transports)))
+        # With each read until there is an answer: a connection that breaks in between loses it.
+        self._is_greeted = True
+        self._put(self.lanes[0], Greet(self._epoch, tuple(self._transports)))
 
     def welcome(self, message: Welcome) -> Iterable[Refused]:
         """Attach to what the producer offers; yield the end of reads that cannot come."""

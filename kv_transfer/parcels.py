@@ -34,8 +34,16 @@ class Parcels:
 
     def places(self, vias: Iterable[Via]) -> tuple[Place, ...]:
         """Return where the wanted transports, as far as they exist here, are found."""
-        found = [self._transports[via] for via in vias if via in self._transports]
-        return tuple(Place(transport.via, transport.address()) for transport in found)
+        found = []
+        for via in vias:
+            if (transport := self._transports.get(via)) is None:
+                continue
+            try:
+                found.append(Place(via, transport.address()))
+            except OSError:
+                # No shared memory here: the next way is for such hosts.
+                continue
+        return tuple(found)
 
     def stage(
         self, vias: Iterable[Via], num_bytes: int, handoff_id: HandoffId, now: float

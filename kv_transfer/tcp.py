@@ -19,7 +19,8 @@ MAX_FRAME_BYTES = 1 << 30
 @dataclass(slots=True)
 class _Buffer:
     memory: bytearray
-    frame: zmq.Frame
+    # Not the frame: as long as one is kept, ZeroMQ is not done with its memory.
+    tracker: zmq.MessageTracker
 
 
 class TcpTransport:
@@ -47,7 +48,7 @@ class TcpTransport:
         # Not copied, however small: the blocks are gathered after this.
         frame = zmq.Frame(buffer, track=True, copy=False, copy_threshold=0)
         if len(self._buffers) < self._max_kept:
-            self._buffers.append(_Buffer(memory, frame))
+            self._buffers.append(_Buffer(memory, frame.tracker))
         return Stage(0, buffer, frame)
 
     def free(self, parcel: int) -> None:
@@ -60,8 +61,7 @@ class TcpTransport:
         """Take a buffer that is large enough and no longer being sent out of the row."""
         for index in reversed(range(len(self._buffers))):
             buffer = self._buffers[index]
-            tracker = buffer.frame.tracker
-            if len(buffer.memory) >= num_bytes and (tracker is None or tracker.done):
+            if len(buffer.memory) >= num_bytes and buffer.tracker.done:
                 return self._buffers.pop(index).memory
         return None
 

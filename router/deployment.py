@@ -193,7 +193,7 @@ class RouterReplica:
         only. Whether requests can be served is what `/health` says."""
         if self._polling.done():
             raise RuntimeError("the router no longer follows the controller")
-        if (why := refusal(differences(self._config, self._view.running))) is not None:
+        if (why := self._misfit()) is not None:
             raise RuntimeError(f"the workers go by another configuration: {why}")
 
     async def __del__(self) -> None:
@@ -214,7 +214,12 @@ class RouterReplica:
             if entries is None:
                 await asyncio.sleep(RETRY_S)
             else:
-                await self._membership.update(entries)
+                await self._membership.update(entries if self._misfit() is None else ())
+
+    def _misfit(self) -> str | None:
+        """Return why this router's configuration is not for the workers there are, if so."""
+        running = self._view.running
+        return None if running is self._config else refusal(differences(self._config, running))
 
     def _show(self) -> None:
         WAITING_REQUESTS.set(self._flow.num_waiting)

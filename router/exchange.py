@@ -20,6 +20,8 @@ from router.http_errors import HttpFailure
 REQUEST_ID_HEADER = "x-request-id"
 TRACE_HEADER = "traceparent"
 _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+# A `traceparent` of version 00 has 55.
+_MAX_TRACE_CHARS = 128
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -99,7 +101,10 @@ class ExchangeLayer:
         given_id = _header(scope, REQUEST_ID_HEADER)
         is_valid_id = given_id is not None and _VALID_REQUEST_ID.fullmatch(given_id) is not None
         exchange_id = given_id if given_id and is_valid_id else uuid.uuid4().hex
-        exchange = Exchange(exchange_id, _header(scope, TRACE_HEADER))
+        trace = _header(scope, TRACE_HEADER)
+        # Records keep it.
+        is_short = trace is not None and len(trace) <= _MAX_TRACE_CHARS
+        exchange = Exchange(exchange_id, trace if is_short else None)
         outlet = _Outlet(exchange, scope, send, self._record_of)
         if given_id is not None and not is_valid_id:
             await outlet.refuse(_bad_request_id())

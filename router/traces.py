@@ -6,6 +6,7 @@ is dropped.
 """
 
 import logging
+import threading
 import time
 
 from opentelemetry.context import Context
@@ -24,6 +25,8 @@ from router.spans import Span, spans_of
 
 # How long a span may wait, and how long the collector may take.
 _DELAY_MS, _TIMEOUT_S = 1000, 5.0
+# A router that stops waits no longer than this for the collector.
+_CLOSE_S = 2.0
 _NS = 1_000_000_000
 
 logger = logging.getLogger(__name__)
@@ -41,6 +44,7 @@ class Traces:
             }
         )
         sampler = ParentBased(TraceIdRatioBased(config.tracing.share))
+        self._exporter = exporter
         self._provider = TracerProvider(sampler, resource, shutdown_on_exit=False)
         self._provider.add_span_processor(
             BatchSpanProcessor(exporter, schedule_delay_millis=_DELAY_MS)
@@ -82,8 +86,12 @@ class Traces:
         return set_span_in_context(made, within)
 
     def close(self) -> None:
-        """Send what is queued; give up on a collector that does not answer."""
+        """Send what is queued; give up on a collector that does not answer for `_CLOSE_S`."""
+        # The SDK tries every batch of the queue for its whole time-out, unless this is over.
+        limit = threading.Timer(_CLOSE_S, self._exporter.shutdown)
+        limit.start()
         self._provider.shutdown()
+        limit.cancel()
 
 
 def open_traces(endpoint: str, config: TandemConfig, router_id: str) -> Traces:

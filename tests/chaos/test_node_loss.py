@@ -45,12 +45,17 @@ def served(cluster: Cluster) -> Iterator[Served]:
         yield served
 
 
+def status() -> dict[str, Any]:
+    """Return what the controller says, once it answers: it may be slow while nodes die."""
+    return wait_until(lambda: tandem_status(NAME), 60, "the controller answers")
+
+
 def nodes_of_ready() -> list[str]:
-    return [w["node"] for w in tandem_status(NAME)["workers"] if w["state"] == "ready"]
+    return [w["node"] for w in status()["workers"] if w["state"] == "ready"]
 
 
 def workers_on(node_id: str) -> list[str]:
-    return [w["worker_id"] for w in tandem_status(NAME)["workers"] if w["node"] == node_id]
+    return [w["worker_id"] for w in status()["workers"] if w["node"] == node_id]
 
 
 def scale(prefill: int, decode: int) -> None:
@@ -68,10 +73,10 @@ def test_pools_converge_after_a_node_dies_while_they_grow(cluster: Cluster, serv
         cluster.remove_node(second, allow_graceful=False)
         wait_until(lambda: second.node_id not in nodes_of_ready(), 60, "its workers are gone")
         assert len(nodes_of_ready()) == 4
-        wait_until(lambda: tandem_status(NAME)["unplaced"], 30, "what has no room says so")
+        wait_until(lambda: status()["unplaced"], 30, "what has no room says so")
         cluster.add_node(**NODE, num_cpus=CPUS, labels={"tandem/s1": "c"})
         wait_until(lambda: len(nodes_of_ready()) == 8, 90, "eight workers again")
-        assert tandem_status(NAME)["unplaced"] == []
+        assert status()["unplaced"] == []
     assert only_cut_streams_failed(served, load.result(), lost), "streams ran on the dead node"
     groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
     assert len(groups) == 8

@@ -122,5 +122,6 @@ async def test_a_collector_that_is_gone_costs_spans_and_nothing_else() -> None:
         traces.record(record)
     traces.record(None)  # type: ignore[arg-type]
     assert time.monotonic() - began_s < 5, "a full queue drops"
+    began_s = time.monotonic()
     traces.close()
-    assert time.monotonic() - began_s < 15
+    assert time.monotonic() - began_s < 5, "nobody waits for the collector"
