@@ -125,5 +125,6 @@ def _map(fd: int, token: bytes) -> ArenaInlet | None:
     if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
         return None
     size = os.fstat(fd).st_size
-    flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-    return ArenaInlet.over(memoryview(mmap.mmap(fd, size, flags, mmap.PROT_READ)), token)
+    # Not populated: a consumer maps an arena per producer, and its pages are there already.
+    memory = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
+    return ArenaInlet.over(memoryview(memory), token)

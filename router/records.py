@@ -7,6 +7,7 @@ import enum
 from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from cluster.messages import PrefillStats, Receipt
 from cluster.names import FinishReason, RequestId, Stage, WorkerId
@@ -204,9 +205,14 @@ class Records:
         return self._exchanges.get(exchange_id)
 
     def latest(self, num: int) -> Iterator[RequestRecord]:
-        """Yield the records in flight, then the finished ones, newest first."""
-        everything = [*reversed(self._open.values()), *reversed(self._finished)]
-        yield from everything[:num]
+        """Yield the records in flight, then the finished ones, newest first.
+
+        Those in flight take at most half of `num` places, and what finished ones leave.
+        """
+        num_open = max(num // 2, num - len(self._finished))
+        page = list(islice(reversed(self._open.values()), num_open))
+        page += islice(reversed(self._finished), num - len(page))
+        yield from page
 
     def totals(self) -> dict[str, object]:
         """Return sums over every request since the start, and the stages of those in flight."""

@@ -42,6 +42,7 @@ class _Completion:
         self.record.id = ident.decode(errors="replace") if ident is not None else None
 
     def on_body(self, data: bytes, now: float) -> None:
+        self._client.failing_since = None
         if self._is_ok:
             self._stream.feed(data, now - self._client.zero)
         elif len(self._refusal) < _SHOWN:
@@ -114,8 +115,8 @@ class Client:
     """Streams completions from one endpoint, as many at once as are begun.
 
     Times in records are seconds after `zero`, a moment of `time.monotonic`. A text is kept only
-    with `keeps_text`: it costs time for every token. `failing_since` is when the endpoint last
-    answered, while it does not; None as long as it does.
+    with `keeps_text`: it costs time for every token. `failing_since` is when the first request
+    failed after anything was last answered; None if none did.
     """
 
     def __init__(
@@ -125,6 +126,7 @@ class Client:
         self.keeps_text = keeps_text
         self.zero = time.monotonic()
         self.failing_since: float | None = None
+        self._failed_at = 0.0
         # A chat template adds tokens to the prompt.
         self.counts_prompts = endpoint.api == "completions"
         self._timeout_s = timeout_s
@@ -154,6 +156,11 @@ class Client:
     @property
     def num_tokens_under_way(self) -> int:
         return sum(each.record.received_tokens for each in self._under_way)
+
+    @property
+    def failing_s(self) -> float:
+        """Seconds from the first failure to the last one, with nothing answered since."""
+        return 0.0 if self.failing_since is None else self._failed_at - self.failing_since
 
     async def warm(self, count: int) -> None:
         """Open connections ahead; raise `Unavailable` if the endpoint takes none."""
@@ -209,8 +216,10 @@ class Client:
         self._under_way.pop(completion, None)
         if has_answered:
             self.failing_since = None
-        elif self.failing_since is None:
-            self.failing_since = time.monotonic()
+            return
+        self._failed_at = time.monotonic()
+        if self.failing_since is None:
+            self.failing_since = self._failed_at
 
     def _sweep_soon(self) -> None:
         self._sweep = asyncio.get_running_loop().call_later(_SWEEP_S, self._end_overdue)

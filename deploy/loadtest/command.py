@@ -157,6 +157,11 @@ def run_loadtest(_config: object, parsed: argparse.Namespace) -> int:
     if parsed.workload == "help":
         _say(usage())
         return 0
+    if parsed.find_goodput and (parsed.record is not None or parsed.verify is not None):
+        raise ConfigError(
+            "--find-goodput sends other requests at every rate: it does not go with --record or "
+            "--verify"
+        )
     for path in (parsed.output, parsed.html, parsed.record):
         if path is not None:
             conduct.require_writable(path)
@@ -186,9 +191,11 @@ def _conclude(document: Document, parsed: argparse.Namespace) -> int:
             _say(f"{path} written")
     if document["state"] == "interrupted":
         return _INTERRUPTED
-    if "probes" in document:
-        return 0  # a probe over the limit is no failure, it is what was looked for
-    lines = conduct.errors(document)
+    if "probes" not in document:
+        lines = conduct.errors(document)
+    else:
+        # A probe over the limit is no failure, it is what was looked for.
+        lines = document["faults"][:1] if document["state"] != "complete" else []
     for line in lines[:_SHOWN_FAULTS]:
         print(f"tandem: error: {line}", file=sys.stderr)
     if len(lines) > _SHOWN_FAULTS:

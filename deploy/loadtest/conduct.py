@@ -9,13 +9,13 @@ from typing import Any
 
 from cluster.errors import ConfigError, TandemError
 from deploy.loadtest import reference as references
-from deploy.loadtest.document import Question, document_of, with_phases
+from deploy.loadtest.document import Question, document_of
 from deploy.loadtest.endpoint import Endpoint
 from deploy.loadtest.live import shown_ms, watching
 from deploy.loadtest.pace import prepare
 from deploy.loadtest.report import page
 from deploy.loadtest.run import LoadRun, run_load
-from deploy.loadtest.words import FORMAT, Document, Send, Tokenizer, WorkloadSpec
+from deploy.loadtest.words import FORMAT, Document, Send, Tokenizer
 from deploy.loadtest.workload import build
 
 Say = Callable[[str], object]
@@ -30,11 +30,9 @@ class Site:
     context: int
 
 
-def sends_of(site: Site, question: Question, spec: WorkloadSpec | None = None) -> list[Send]:
+def sends_of(site: Site, question: Question) -> list[Send]:
     """Return the workload's requests, the same for the same seed."""
-    spec = spec or question.spec
-    sends = build(spec, site.tokenizer, site.context, Random(question.seed))
-    return with_phases(sends, question.phase_s) if question.phase_s is not None else sends
+    return build(question.spec, site.tokenizer, site.context, Random(question.seed))
 
 
 def measure(site: Site, question: Question, sends: Sequence[Send]) -> LoadRun:

@@ -142,8 +142,9 @@ class ConnectionPool:
 
     async def warm(self, count: int) -> None:
         """Open `count` connections; raise `OSError` if the endpoint takes none."""
-        for connection in await asyncio.gather(*(self._connect() for _ in range(count))):
-            self._idle.append(connection)
+        opened = await asyncio.gather(*(self._connect() for _ in range(count)))
+        # The first may have been closed while the last were still being opened.
+        self._idle.extend(connection for connection in opened if connection in self._all)
 
     def send(self, request: bytes, answer: Answer) -> None:
         """Send on a warm connection, else on one that is opened now."""

@@ -32,18 +32,21 @@ class Question:
     verify: str | None = None
 
 
-def with_phases(sends: Sequence[Send], phase_s: float) -> list[Send]:
-    """Return the sends in phases of equal length, whatever phases their workload has."""
+def with_phases(records: Sequence[RequestRecord], phase_s: float) -> list[RequestRecord]:
+    """Return the records in phases of equal length by when they were due, not their workload's."""
     return [
-        replace(send, phase=f"{number * phase_s:g}-{(number + 1) * phase_s:g} s")
-        for send in sends
-        for number in [int(send.at_s // phase_s)]
+        replace(record, send=replace(record.send, phase=name))
+        for record in records
+        for number in [int(record.scheduled_s // phase_s)]
+        for name in [f"{number * phase_s:g}-{(number + 1) * phase_s:g} s"]
     ]
 
 
 def document_of(question: Question, endpoint: Endpoint, run: LoadRun) -> Document:
     """Return the run document."""
     records, terms = run.records, question.terms
+    if question.phase_s is not None:
+        records = with_phases(records, question.phase_s)
     whole = Span(0.0, run.duration_s)
     return {
         "format": FORMAT,
@@ -95,10 +98,14 @@ def _settings(question: Question) -> Document:
 def _phases(
     records: Sequence[RequestRecord], whole: Span, terms: Terms, pools: Pools
 ) -> list[Document]:
-    """A phase lasts from its first request to the next phase's, the last one to the end."""
+    """A phase lasts from its first request to the next phase's, the last one to the end.
+
+    Only what was sent counts: of other requests it is not known when they would have been due.
+    """
     by_name: dict[str, list[RequestRecord]] = {}
     for record in records:
-        by_name.setdefault(record.send.phase, []).append(record)
+        if record.sent_s is not None:
+            by_name.setdefault(record.send.phase, []).append(record)
     if len(by_name) < 2:
         return []
     begins = {name: min(r.scheduled_s for r in group) for name, group in by_name.items()}

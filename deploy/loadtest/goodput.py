@@ -2,8 +2,10 @@
 
 import time
 from dataclasses import asdict, dataclass, replace
+from random import Random
 
 from cluster.errors import ConfigError, TandemError, Unavailable
+from deploy.loadtest import workload
 from deploy.loadtest.conduct import Say, Site, measure, sends_of
 from deploy.loadtest.document import Question, document_of
 from deploy.loadtest.run import LoadRun
@@ -15,6 +17,7 @@ from deploy.loadtest.search import (
     interval,
     is_hopeless,
     next_step,
+    so_far,
     verdict,
 )
 from deploy.loadtest.words import Document, Outcome, RequestRecord, Slo, WorkloadSpec
@@ -35,7 +38,8 @@ class _Best:
 def find(site: Site, question: Question, plan: SearchPlan, say: Say) -> Document:
     """Search; return the best probe's document with every probe and the result in it.
 
-    Raise `TandemError` if the client itself cannot keep up, `Unavailable` if the endpoint ends.
+    A search that cannot go on keeps its probes and the highest rate that was met until then, and
+    says why in its first fault. Raise `TandemError` if nothing was measured.
     """
     slo = question.terms.slo
     if slo.ttft_s is None and slo.tpot_s is None:
@@ -55,31 +59,46 @@ class _Search:
         self._probes: list[Probe] = []
         self._documents: list[Document] = []
         self._best = _Best()
-        self._natural_rate = _rate_of(site, question)
+        self._natural_rate = _natural_rate(site, question)
 
     def run(self) -> Document:
-        step = next_step(self._probes, self._plan)
-        state = "complete"
-        while isinstance(step, Measure) and state == "complete":
-            state = self._probe(step)
-            step = next_step(self._probes, self._plan)
+        try:
+            return self._concluded("complete", self._search())
+        except TandemError as error:
+            if self._best.document is None:
+                raise
+            return self._broken_off("broken", str(error))
+        except KeyboardInterrupt:
+            if self._best.document is None:
+                raise
+            return self._broken_off("interrupted", "interrupted")
+
+    def _search(self) -> Found:
+        while isinstance(step := next_step(self._probes, self._plan), Measure):
+            self._probe(step)
+        return step
+
+    def _broken_off(self, state: str, reason: str) -> Document:
+        why = f"the search ended early: {reason}"
+        self._say(f"{why}; its probes so far are kept")
+        document = self._concluded(state, so_far(self._probes, self._plan, why))
+        document["faults"] = [why, *document["faults"]]
+        return document
+
+    def _concluded(self, state: str, found: Found | None) -> Document:
         document = self._best.document
         assert document is not None
         document["state"] = state
         document["probes"] = self._documents
-        document["goodput"] = None
-        if isinstance(step, Found) and state == "complete":
-            document["goodput"] = asdict(step)
-            self._say(f"goodput: {step.rate:.4g} requests/s ({step.why})")
-        else:
-            self._say("the search was interrupted; its probes so far are kept")
+        document["goodput"] = None if found is None else asdict(found)
+        if found is not None:
+            self._say(f"goodput: {found.rate:.4g} requests/s ({found.why})")
         return document
 
-    def _probe(self, step: Measure) -> str:
-        """Measure and return the run's state."""
+    def _probe(self, step: Measure) -> None:
         # Prompts of their own: what an earlier probe left in caches must not help this one.
         seed = self._question.seed + len(self._probes)
-        spec = self._spec(step)
+        spec = self._spec(step, seed)
         question = replace(self._question, spec=spec, seed=seed)
         sends = sends_of(self._site, question)
         judge = Judge(self._question.terms.slo, len(sends), self._plan)
@@ -89,27 +108,28 @@ class _Search:
         self._say(f"{step.rate:.4g} requests/s: {len(sends)} requests")
         run = measure(self._site, question, sends)
         document = document_of(question, self._site.endpoint, run)
+        # Better than nothing, should there be no other.
+        self._best.document = self._best.document or document
         self._require_sound(document, run)
-        if run.state == "interrupted":
-            self._best.document = self._best.document or document
-            return run.state
         probe = Probe(step.rate, judge.num_met, judge.num_judged, run.state == "cut")
         self._probes.append(probe)
         self._note(probe, document)
         if probe.is_cut:
             time.sleep(_SETTLE_S)
-        return "complete"
 
-    def _spec(self, step: Measure) -> WorkloadSpec:
-        spec = self._question.spec
-        scale = spec.time_scale * step.rate / self._natural_rate
-        return replace(spec, time_scale=scale, num_requests=step.num_requests, duration_s=None)
+    def _spec(self, step: Measure, seed: int) -> WorkloadSpec:
+        """Return the workload sped up by what its own requests need to come at the rate."""
+        spec = replace(self._question.spec, num_requests=step.num_requests, duration_s=None)
+        natural_rate = _rate_of(self._site, spec, seed) or self._natural_rate
+        return replace(spec, time_scale=spec.time_scale * step.rate / natural_rate)
 
     def _require_sound(self, document: Document, run: LoadRun) -> None:
+        if run.state == "interrupted":
+            raise KeyboardInterrupt  # the run took the signal
         if run.state == "broken":
             raise Unavailable(f"{self._site.endpoint.url}: {run.why}")
         late = document["scheduling"]
-        if run.state != "interrupted" and not late["kept_up"]:
+        if not late["kept_up"]:
             raise TandemError(
                 f"the client could not keep up: requests left {late['p99_s'] * 1e3:.1f} ms late "
                 f"at p99, more than {late['limit_s'] * 1e3:g} ms: give it a core"
@@ -140,16 +160,23 @@ class _Search:
             self._best = _Best(rate, document)
 
 
-def _rate_of(site: Site, question: Question) -> float:
+def _natural_rate(site: Site, question: Question) -> float:
     """Return the workload's own mean rate, from its first requests."""
-    count = question.spec.num_requests or _MEASURE_OF_RATE
-    sends = sends_of(site, question, replace(question.spec, num_requests=count))
-    span_s = sends[-1].at_s - sends[0].at_s
-    if span_s <= 0:
+    spec = question.spec
+    count = spec.num_requests or _MEASURE_OF_RATE
+    rate = _rate_of(site, replace(spec, num_requests=count), question.seed)
+    if rate is None:
         raise ConfigError(
-            f"workload {question.spec.text!r}: its requests come all at once, so it has no rate"
+            f"workload {spec.text!r}: its requests come all at once, so it has no rate"
         )
-    return (len(sends) - 1) / span_s
+    return rate
+
+
+def _rate_of(site: Site, spec: WorkloadSpec, seed: int) -> float | None:
+    """Return the mean rate of exactly these requests; None if they come all at once."""
+    planned = workload.plan(spec, site.context, Random(seed))
+    span_s = planned[-1].at_s - planned[0].at_s
+    return (len(planned) - 1) / span_s if span_s > 0 else None
 
 
 class Judge:

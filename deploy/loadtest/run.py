@@ -33,8 +33,8 @@ _RECENT_S = 10.0
 class LoadPlan:
     """How a run goes: open loop, unless `concurrency` is given.
 
-    It is broken off when the endpoint has not answered anything for `give_up_s` while requests
-    failed, and cut when a finished record makes `is_decided` true.
+    It is broken off when requests have failed over `give_up_s` and nothing was answered
+    meanwhile, and cut when a finished record makes `is_decided` true.
     """
 
     concurrency: int | None = None
@@ -134,7 +134,7 @@ async def _until_over(
             if stop.is_set():
                 run.state, run.why = "interrupted", "interrupted"
                 break
-            if since is not None and time.monotonic() - since > plan.give_up_s and not pace.done():
+            if since is not None and client.failing_s > plan.give_up_s and not pace.done():
                 run.state = "broken"
                 run.why = f"the endpoint has answered nothing since {since - client.zero:.1f} s"
                 break
@@ -152,15 +152,13 @@ async def _sample_pools(client: Client, run: LoadRun) -> None:
         began = time.monotonic()
         try:
             document = await client.read("/debug/pinned", _POOLS_TIMEOUT_S)
-            workers = document["workers"] if document is not None else None
-            if workers is None:
-                return
-            roles = [each["role"] for each in workers if each["state"] == "ready"]
+            roles = [each["role"] for each in document["workers"] if each["state"] == "ready"]
             run.pools.append((began - client.zero, roles.count("prefill"), roles.count("decode")))
         except Unavailable:
             pass  # the next second may say more
         except (LookupError, TypeError):
-            return  # somebody else's page of that name
+            if not run.pools:
+                return  # no such page, or somebody else's of that name
         await asyncio.sleep(began + _BEAT_S - time.monotonic())
 
 

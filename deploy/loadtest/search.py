@@ -106,11 +106,8 @@ def is_hopeless(num_missed: int, num_requests: int, plan: SearchPlan) -> bool:
 
 def next_step(probes: Sequence[Probe], plan: SearchPlan) -> Measure | Found:
     """Return what to measure next, or the result."""
-    by_rate: dict[float, list[Probe]] = {}
-    for probe in probes:
-        by_rate.setdefault(probe.rate, []).append(probe)
     met, missed = 0.0, math.inf
-    for rate, measured in by_rate.items():
+    for rate, measured in _by_rate(probes).items():
         match verdict(measured, plan):
             case Verdict.OPEN:
                 return _longer(rate, measured, plan)
@@ -119,6 +116,21 @@ def next_step(probes: Sequence[Probe], plan: SearchPlan) -> Measure | Found:
             case Verdict.MISSED:
                 missed = min(missed, rate)
     return _between(met, missed, plan)
+
+
+def so_far(probes: Sequence[Probe], plan: SearchPlan, why: str) -> Found | None:
+    """Return what is known if the search ends here; None if no rate was met below the missed."""
+    said = {rate: verdict(measured, plan) for rate, measured in _by_rate(probes).items()}
+    bound = min((rate for rate in said if said[rate] is Verdict.MISSED), default=None)
+    met = [rate for rate in said if said[rate] is Verdict.MET and (bound is None or rate < bound)]
+    return Found(max(met), bound, why) if met else None
+
+
+def _by_rate(probes: Sequence[Probe]) -> dict[float, list[Probe]]:
+    by_rate: dict[float, list[Probe]] = {}
+    for probe in probes:
+        by_rate.setdefault(probe.rate, []).append(probe)
+    return by_rate
 
 
 def _between(met: float, missed: float, plan: SearchPlan) -> Measure | Found:

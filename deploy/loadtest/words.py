@@ -12,7 +12,8 @@ object that `page` draws (one run: its report; several: their comparison):
 format       "tandem-loadtest-1"
 label        what the run is called in a comparison (`--label`; default: the endpoint)
 started_at   ISO 8601 in UTC; every other time is in seconds after the run's zero, `Send.at_s`'s
-state        "complete", "interrupted" (by a signal), "broken" (the endpoint stopped answering)
+state        "complete", "interrupted" (by a signal), "broken" (the endpoint stopped answering, or
+             a search could not go on)
 workload     {"spec", "time_scale", "rate_scale", "length_scale", "requests", "duration_s",
              "prompt_tokens", "output_tokens", "seed"}: as asked and as built
 endpoint     {"url", "model", "api": "completions" | "chat", "context_tokens"}
@@ -28,7 +29,8 @@ faults       ["request 17, at 3.2 s: HTTP 503: ...", ...], what makes the exit s
 requests     one object per send, see below
 probes       only with --find-goodput: [{"rate", "attainment", "met", "requests", "low", "high",
              "verdict": "met" | "missed" | "open", "is_cut", "summary"}], as measured; "goodput":
-             {"rate", "bound", "why"} stands beside it and `requests` are the best met probe's
+             {"rate", "bound", "why"}, null if no rate was met before the search ended early,
+             stands beside it and `requests` are the best met probe's
 
 A summary (`measures.summarise`): {"requests", "completed", "lost", "truncated", "wrong",
 "duration_s", "offered_rate", "request_rate", "output_token_rate", "prompt_token_rate",

@@ -3,8 +3,8 @@
 const TIMEOUT_MS = 5000;
 const PERIOD_MS = 1000;
 const FIRST_DECISIONS = 300;
-const FIRST_REQUESTS = 300;
-const NEXT_REQUESTS = 100;
+/** How many requests a page of theirs has at most; half of it is for those that have ended. */
+export const NUM_REQUESTS = 400;
 
 /** The endpoint answered that it cannot say: the controller is away. */
 export class Away extends Error {}
@@ -93,8 +93,7 @@ export class Link {
   /** Each replica of the router knows its own requests; round after round all of them answer. */
   async explore() {
     if (this.hasRequests && !(this.round % 2 === 0 && this.sink.wantsRequests())) return;
-    const limit = this.hasRequests ? NEXT_REQUESTS : FIRST_REQUESTS;
-    this.sink.requests((await ask(`admin/requests?limit=${limit}`)).requests);
+    this.sink.requests((await ask(`admin/requests?limit=${NUM_REQUESTS}`)).requests);
     this.hasRequests = true;
   }
 }

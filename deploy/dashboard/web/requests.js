@@ -4,8 +4,8 @@ import { byId, choices, el, keep, rove, roveAgain, say, set, widen } from "./dom
 import { block, table } from "./drawer.js";
 import { bytes, clock, count, NOTHING, seconds, words } from "./format.js";
 import { icon } from "./icons.js";
+import { NUM_REQUESTS } from "./link.js";
 
-const KEPT = 400;
 const STAGE_AFTER = {
   arrived: "queued",
   placed: "prefill",
@@ -88,21 +88,26 @@ export class Requests {
       this.routers.add(request.router_id);
       this.known.set(`${request.router_id} ${request.request_id}`, request);
     }
-    this.forget(new Set(requests.map((request) => request.router_id)), requests);
+    this.forget(requests);
     this.draw();
     const isShown = this.drawer.isOpen && this.drawer.owner === this;
     if (isShown && this.isInFlight) this.open(this.opened);
   }
 
   /** What a router no longer lists as open has ended unseen; then only the newest are kept. */
-  forget(routers, requests) {
+  forget(requests) {
     const listed = new Set(requests);
+    const routers = new Set(requests.map((request) => request.router_id));
+    const open = requests.filter((request) => request.outcome === null);
+    // Open ones get half of the page at least: if they fill it, older ones may be cut off.
+    const since = open.length < NUM_REQUESTS / 2 ? 0 : open.at(-1).arrived_at;
+    const isMissed = (request) => routers.has(request.router_id) && !listed.has(request);
     for (const [key, request] of this.known) {
-      const isLost = request.outcome === null && routers.has(request.router_id) && !listed.has(request);
+      const isLost = request.outcome === null && isMissed(request) && request.arrived_at >= since;
       if (isLost) this.known.delete(key);
     }
     const byAge = [...this.known].sort(([, a], [, b]) => b.arrived_at - a.arrived_at);
-    this.known = new Map(byAge.slice(0, KEPT));
+    this.known = new Map(byAge.slice(0, NUM_REQUESTS));
   }
 
   /** Unix seconds by the server's clock. */

@@ -13,6 +13,7 @@ def test_memory_is_used_again_once_it_has_been_sent() -> None:
         first = transport.stage(100_000)
         memory = first.buffer.obj
         assert transport.stage(100_000).buffer.obj is not memory, "it waits to be sent"
+        assert first.frame is not None
         out.send(first.frame, copy=False)
         del first
         assert len(to.recv()) == 100_000

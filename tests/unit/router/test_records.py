@@ -147,6 +147,17 @@ def test_latest_are_those_in_flight_then_the_newest() -> None:
     assert [r.exchange_id for r in records.latest(3)] == ["open", "done-2", "done-1"]
 
 
+def test_finished_ones_have_half_of_the_latest_if_there_are_so_many() -> None:
+    records = Records(10)
+    for number in range(3):
+        records.finish(open_record(records, f"done-{number}"), Outcome.STOP, None, 11.0)
+    for number in range(9):
+        open_record(records, f"open-{number}")
+    names = ["open-8", "open-7", "done-2", "done-1"]
+    assert [r.exchange_id for r in records.latest(4)] == names
+    assert sum(r.outcome is None for r in records.latest(10)) == 7, "what finished ones leave"
+
+
 @pytest.mark.parametrize(
     ("reason", "outcome"),
     [

@@ -40,7 +40,18 @@ def test_a_phase_lasts_until_the_next_one_begins() -> None:
     ]
     assert [p["summary"]["slo"]["attainment"] for p in phases] == [1.0, 0.0]
     assert [p["summary"]["worker_seconds"]["total"] for p in phases] == [8.0, 18.0]
-    assert with_phases([Send(61.0, (1,), 1)], 60.0)[0].phase == "60-120 s"
+
+
+def test_phases_of_equal_length_go_by_when_a_request_was_due() -> None:
+    turn = RequestRecord(1, Send(1.0, (1,), 1), 61.0)
+    assert with_phases([turn], 60.0)[0].send.phase == "60-120 s"
+
+
+def test_a_phase_that_never_began_is_not_listed_and_none_outlasts_the_run() -> None:
+    never = RequestRecord(2, Send(12.0, (1,), 1, phase="night"), 12.0)
+    run = run_of(record(0.0, [0.1], phase="calm"), record(4.0, [4.1], phase="burst"), never)
+    phases = document_of(QUESTION, ENDPOINT, run)["phases"]
+    assert [(p["name"], p["end_s"]) for p in phases] == [("calm", 4.0), ("burst", 10.0)]
 
 
 def test_an_interrupted_run_keeps_what_it_has() -> None:

@@ -13,6 +13,7 @@ from deploy.loadtest.search import (
     interval,
     is_hopeless,
     next_step,
+    so_far,
     verdict,
 )
 
@@ -69,6 +70,13 @@ def test_it_finds_a_sharp_edge(edge: float, start: float) -> None:
         probes.append(Probe(step.rate, met, step.num_requests))
         assert len(probes) < 40
     assert step.rate <= edge <= step.rate * (1 + plan.precision) * (1 + 1e-9)
+
+
+def test_what_ends_early_knows_the_highest_rate_below_all_that_were_missed() -> None:
+    assert so_far([Probe(4.0, 46, 50)], PLAN, "so") is None
+    probes = [Probe(rate, met, 50) for rate, met in ((1.0, 50), (2.0, 50), (4.0, 0), (8.0, 50))]
+    assert so_far(probes, PLAN, "so") == Found(2.0, 4.0, "so")
+    assert so_far(probes[2:], PLAN, "so") is None
 
 
 def test_chance_does_not_keep_it_from_an_end() -> None:
