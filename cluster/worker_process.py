@@ -34,8 +34,19 @@ MAX_MESSAGE_BYTES = 1 << 16
 _LAUNCH_TIMEOUT_S = 30.0
 _POLL_S = 0.02
 _MAX_FORKS = 2
-# Has malloc ask for transparent huge pages (glibc 2.35 and later; others ignore it).
-_HUGE_PAGES = "glibc.malloc.hugetlb=1"
+# glibc 2.35 and later; others ignore it. Has malloc ask for transparent huge pages, and take from
+# one heap, which grows in steps that such pages fit in, whatever is below 32 MiB (the most it
+# allows): a thread's arena has no huge pages, and a mapping of its own is faulted in at each use.
+_MALLOC = ":".join(
+    f"glibc.malloc.{name}={value}"
+    for name, value in {
+        "hugetlb": 1,
+        "arena_max": 1,
+        "top_pad": 64 * 2**20,
+        "mmap_threshold": 32 * 2**20,
+        "trim_threshold": 256 * 2**20,
+    }.items()
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +181,8 @@ def _launch_template(name: str) -> None:
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         # A CPU engine reads all its weights and the request's KV cache in every step: in pages of
-        # 4 KiB it waits for page tables half the time (`make bench-start` and docs/benchmarks.md).
-        "GLIBC_TUNABLES": ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), _HUGE_PAGES))),
+        # 4 KiB it waits for page tables (a tenth of a step in `make bench-serve`).
+        "GLIBC_TUNABLES": ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), _MALLOC))),
         **_preloads(),
     }
     command = [sys.executable, "-m", "cluster.engine_template", name, str(os.getppid())]
