@@ -94,7 +94,6 @@ class Controller:
         self._router_targets: dict[RouterId, Address] = {}
         self._metrics = ControllerMetrics(config)
         self._history = History()
-        self._domains: Mapping[str, str] = {}
         self._listed: list[WorkerEntry] = []
         self._version = 1
         self._has_changed = asyncio.Event()
@@ -215,7 +214,7 @@ class Controller:
         """Return the status beside load, signal and latencies, JSON-able."""
         scaling = self._scaler.view() if self._scaler else None
         recent = self._history.recent()
-        return state_document(self.status(), self.load(), scaling, recent, self._domains)
+        return state_document(self.status(), self.load(), scaling, recent)
 
     def history(self, after: int) -> dict[str, Any]:
         """Return the samples later than Unix second `after`, JSON-able."""
@@ -376,8 +375,7 @@ class Controller:
         wanted = Counts.count(start.role for start in starts)
         workers = self._workforce.placed()
         orders = await asyncio.to_thread(self._placer.plan, workers, wanted, self._placed_at)
-        self._workforce.value_nodes(orders.values)
-        self._domains = orders.domains
+        self._workforce.locate(orders.domains, orders.values)
         self._give_up(orders)
         for worker_id in orders.stranded:
             self._workforce.give_up_claim(worker_id, "the node it was to start on is gone")

@@ -43,9 +43,8 @@ def state_document(
     load: ClusterLoad,
     scaling: Mapping[str, Any] | None,
     recent: Recent,
-    domains: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Return the whole state, JSON-able; `domains` has each node's network domain."""
+    """Return the whole state, JSON-able."""
     scaling = scaling or NO_SCALING
     loads = {worker.worker_id: worker for worker in load.workers}
     objectives = scaling["objectives"]
@@ -61,8 +60,7 @@ def state_document(
         **status,
         "at": load.at,
         "workers": [
-            _worker(described, loads.get(described["worker_id"]), domains)
-            for described in status["workers"]
+            _worker(described, loads.get(described["worker_id"])) for described in status["workers"]
         ],
         "ready": {role.value: n for role, n in ready_workers(load).items()},
         "scaling": dict(scaling),
@@ -72,9 +70,7 @@ def state_document(
     }
 
 
-def _worker(
-    described: Mapping[str, Any], load: WorkerLoad | None, domains: Mapping[str, str]
-) -> dict[str, Any]:
+def _worker(described: Mapping[str, Any], load: WorkerLoad | None) -> dict[str, Any]:
     """Return one worker; counts are null until it has reported."""
     has_reported = load is not None and load.at is not None
     counts = {
@@ -87,8 +83,7 @@ def _worker(
             "busy_s",
         )
     }
-    domain = domains.get(described["node"] or "", "")
-    return {**described, **counts, "epoch": load.epoch if load else None, "domain": domain}
+    return {**described, **counts, "epoch": load.epoch if load else None}
 
 
 def _router(load: RouterLoad, now: float) -> dict[str, Any]:

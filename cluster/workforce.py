@@ -72,6 +72,7 @@ class Workforce:
         self._members: dict[WorkerId, Member] = {}
         self._history = History()
         self._last_number = dict.fromkeys(Role, 0)
+        self._domains: Mapping[str, str] = {}
         self._node_values: Mapping[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._context = zmq.asyncio.Context()
@@ -92,14 +93,17 @@ class Workforce:
         node = member.seat.node if member.seat else ""
         return replace(member.observe(), value=self._node_values.get(node, 0))
 
-    def value_nodes(self, values: Mapping[str, int]) -> None:
-        """Take in what each node's network domain is worth; victims are chosen by it first."""
-        self._node_values = values
+    def locate(self, domains: Mapping[str, str], values: Mapping[str, int]) -> None:
+        """Take in each node's network domain, which routers keep a request in, and what that is
+        worth: victims are chosen by it first."""
+        self._domains, self._node_values = domains, values
 
     def listing(self) -> list[WorkerEntry]:
         """Return the workers that routers may use."""
         entries = (member.listing() for member in self._members.values())
-        return [entry for entry in entries if entry is not None]
+        return [
+            replace(entry, domain=self._domains.get(entry.node, "")) for entry in entries if entry
+        ]
 
     def loads(self, now: float) -> list[WorkerLoad]:
         loop_s = asyncio.get_running_loop().time()
@@ -116,7 +120,8 @@ class Workforce:
         return [worker for worker in placed if worker is not None]
 
     def describe(self) -> list[dict[str, Any]]:
-        return [member.describe() for member in self._members.values()]
+        described = [member.describe() for member in self._members.values()]
+        return [{**each, "domain": self._domains.get(each["node"] or "", "")} for each in described]
 
     def as_document(self) -> dict[str, Any]:
         return {

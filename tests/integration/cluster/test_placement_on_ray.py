@@ -10,7 +10,8 @@ from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
 
 from cluster.config import parse_config
-from cluster.names import Role
+from cluster.load import RouterLoad
+from cluster.names import Role, RouterId
 from cluster.ray_plane import NAMESPACE, start_controller
 from cluster.worker_spec import Parts
 from deploy.engines import AUTOSCALER, ENGINES, ROLES
@@ -69,6 +70,15 @@ class Deployment:
         workers = self.status()["workers"]
         return [(w["role"], w["node"]) for w in workers if w["state"] == "ready"]
 
+    def domains(self) -> dict[str, set[str]]:
+        """Return per node the network domains that routers are told of its workers."""
+        load = RouterLoad(RouterId("r-test"), 0.0).as_document()
+        told = ray.get(self.controller.follow.remote(load, -1))
+        domains: dict[str, set[str]] = {}
+        for worker in told["workers"]:
+            domains.setdefault(worker["node"], set()).add(worker["domain"])
+        return domains
+
     def scale(self, units: int) -> None:
         ray.get(self.controller.scale.remote(units, units))
 
@@ -126,6 +136,12 @@ def test_workers_go_where_the_cycle_says(nodes: dict[str, str]) -> None:
         assert sorted(placed) == sorted(
             unit_on("homo") + unit_on("mixed-a") + unit_on("mixed-b")
         ), "the compatible type, once nothing else is left"
+        domains = {nodes[node]: told for node, told in deployment.domains().items()}
+        assert domains == {
+            "homo": {"default/homo/h"},
+            "mixed-a": {"default/mixed/a"},
+            "mixed-b": {"default/mixed/b"},
+        }
         (reason,) = wait_until(
             lambda: deployment.status()["unplaced"] or None, 10, "the fourth unit"
         )

@@ -39,15 +39,15 @@ SCALING: dict[str, Any] = {
 
 
 def state(scaling: dict[str, Any] | None = None) -> dict[str, Any]:
-    return state_document(STATUS, LOAD, scaling, History().recent(), {"n1": "c/s2/s1"})
+    return state_document(STATUS, LOAD, scaling, History().recent())
 
 
-def test_workers_have_their_load_and_network_domain() -> None:
+def test_workers_have_their_load() -> None:
     ready, starting = state()["workers"]
     assert (ready["num_waiting"], ready["num_blocks"], ready["epoch"]) == (3, 64, 7)
-    assert (ready["computed_prompt_tokens"], ready["domain"]) == (500, "c/s2/s1")
+    assert ready["computed_prompt_tokens"] == 500
     assert starting["num_waiting"] is None and starting["busy_s"] is None
-    assert (starting["epoch"], starting["domain"]) == (0, "")
+    assert starting["epoch"] == 0
 
 
 def test_latencies_stand_beside_their_objectives_and_routers_beside_their_age() -> None:
