@@ -33,7 +33,6 @@ TANDEM_FLAGS = $(if $(PREFILL),--prefill $(PREFILL)) $(if $(DECODE),--decode $(D
 
 COLOUR := $(if $(MAKE_TERMOUT),auto,no)
 PYTEST := $(PY) -m pytest --color=$(COLOUR)
-TIERS := tests/contract tests/integration tests/e2e tests/chaos
 ifeq ($(MAKE_TERMOUT),)
 export NO_COLOR := 1
 endif
@@ -129,14 +128,20 @@ fmt: $(DEV_STAMP) ## format and apply safe lint fixes
 unit: $(DEV_STAMP) ## the unit tier: no Ray, no sockets, under 10 s
 	$(PYTEST) tests/unit -n 2 --durations=3 $(ARGS)
 
+# What waits for processes most of the time runs beside another such file, the rest by itself.
+define other-tiers
+	$(PYTEST) tests/contract tests/integration -m "not alone$(1)" -n 2 --dist loadfile $(ARGS)
+	$(PYTEST) tests/integration tests/e2e tests/chaos -m "alone$(1)" $(ARGS)
+endef
+
 .PHONY: test
 test: system-deps lint unit ## lint, then every test that needs no GPU (at most 30 minutes)
-	$(PYTEST) $(TIERS) -m "not full" $(ARGS)
+	$(call other-tiers, and not full)
 
 .PHONY: test-full
 test-full: system-deps lint ## the same with the long tests, properties tried 500 times each
 	$(PYTEST) tests/unit -n 2 --hypothesis-profile=full $(ARGS)
-	$(PYTEST) $(TIERS) $(ARGS)
+	$(call other-tiers)
 
 .PHONY: bench
 bench: bench-serve ## this path beside a monolithic `vllm serve`

@@ -11,7 +11,7 @@ import pytest
 from tests.background_load import BackgroundLoad
 from tests.served import Served, tandem, tandem_status, wait_until
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(400)]
 
 NAME = "test-controller-loss"
 # A prefill takes 0.25 s and finds an idle worker (2 of 8 are busy on average: 1 in 1,000 does

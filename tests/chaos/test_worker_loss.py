@@ -22,7 +22,7 @@ from tests.cut_streams import only_cut_streams_failed
 from tests.on_cluster import ray_cluster, tandem_on
 from tests.served import Served, wait_until
 
-pytestmark = [pytest.mark.chaos, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(300)]
 
 NAME = f"test-worker-loss-{os.getpid()}"
 NUM_BLOCKS = 512

@@ -142,7 +142,7 @@ def _engine(config: TandemConfig, role: Role, core: int) -> Engine:
 @pytest_asyncio.fixture(
     scope="module",
     loop_scope="module",
-    params=["simulated", pytest.param("vllm", marks=[pytest.mark.e2e, pytest.mark.slow])],
+    params=["simulated", "vllm"],
 )
 async def pair(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

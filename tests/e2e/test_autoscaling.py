@@ -8,7 +8,7 @@ import pytest
 from tests.background_load import BackgroundLoad
 from tests.served import Served, tandem, wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.alone
 
 OUTPUT_TOKENS = 24
 PROMPT_TOKENS = 300

@@ -13,7 +13,7 @@ from cluster.names import Stage
 from tests.prompts import prompt_of
 from tests.served import Served, wait_until
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.alone
 
 NUM_REQUESTS = 200
 NUM_IN_FLIGHT = 24

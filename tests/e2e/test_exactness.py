@@ -10,7 +10,7 @@ from tests.e2e.conftest import BLOCK_SIZE, CHUNK_TOKENS, disaggregation
 from tests.prompts import prompt_of, text_of
 from tests.served import Served
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 NUM_PROMPTS = 64
 NUM_NEW_TOKENS = 64

@@ -8,7 +8,7 @@ import pytest
 from tests.prompts import prompt_of
 from tests.served import Served, tandem
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.alone
 
 PROMPTS = [prompt_of(length, seed=7000 + length) for length in (300, 900, 1500)]
 GREEDY: dict[str, Any] = {"max_tokens": 48, "ignore_eos": True}

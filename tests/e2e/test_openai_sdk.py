@@ -12,7 +12,7 @@ import pytest
 from tests.prompts import text_of
 from tests.served import Served
 
-pytestmark = pytest.mark.e2e
+pytestmark = pytest.mark.alone
 
 BAD_INPUT_P95_S = 0.1
 LARGE_BODY_BYTES = 50_000_000

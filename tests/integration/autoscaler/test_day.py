@@ -8,7 +8,7 @@ import pytest
 
 from tests.day import MEMORY_LIMIT_BYTES, WITHIN_LIMIT, Cut, follow
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(400)]
 
 CUT = Cut(begin_h=0.5, hours=4.0, speedup=240.0)
 

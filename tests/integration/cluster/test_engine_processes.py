@@ -11,8 +11,6 @@ import pytest
 from cluster import config
 from tests.waiting import wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-
 
 @pytest.fixture
 def host() -> Iterator["subprocess.Popen[str]"]:

@@ -26,8 +26,6 @@ from deploy.engines import ENGINES, ROLES
 from deploy.processes import child_environment, end_marked, find_marked
 from tests.waiting import until, wait_for
 
-pytestmark = [pytest.mark.e2e, pytest.mark.slow]
-
 MARK = f"template-test:{secrets.token_hex(8)}"
 GONE_WITHIN_S = 3.0
 

@@ -9,8 +9,6 @@ from vllm.distributed.device_communicators import shm_broadcast
 
 from cluster.vllm_cpu import sleep_when_idle
 
-pytestmark = pytest.mark.slow
-
 PAUSE_S = 1.2
 ROUNDS = 3
 

@@ -30,8 +30,6 @@ from cluster.vllm_documents import (
     sampling_from_document,
 )
 
-pytestmark = pytest.mark.slow
-
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}}}
 
 SETTINGS: dict[str, dict[str, Any]] = {

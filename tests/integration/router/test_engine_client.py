@@ -14,7 +14,7 @@ from router.exchange import Exchange
 from tests.integration.router.fake_flow import FakeFlow
 
 # vLLM uses what it has itself deprecated.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture

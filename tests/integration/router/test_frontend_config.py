@@ -9,7 +9,7 @@ from cluster.config import ModelSection
 from cluster.errors import ConfigError
 
 # vLLM uses what it has itself deprecated.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 def section(**settings: Any) -> ModelSection:

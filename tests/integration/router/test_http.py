@@ -10,7 +10,7 @@ from tests.integration.router.endpoint import ANSWER, MODEL, Endpoint
 from tests.integration.router.fake_flow import DECODE_WORKER, PREFILL_WORKER, REUSED_TOKENS
 
 # vLLM uses what it has itself deprecated.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 HELLO = [{"role": "user", "content": "What is wisdom?"}]
 SCHEMA = {

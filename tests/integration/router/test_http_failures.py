@@ -24,7 +24,7 @@ from cluster.errors import (
 from tests.integration.router.endpoint import MAX_BODY_BYTES, MAX_MODEL_LEN, MODEL, Endpoint
 
 # vLLM uses what it has itself deprecated.
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 HELLO = [{"role": "user", "content": "What is wisdom?"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
