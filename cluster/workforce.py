@@ -94,8 +94,7 @@ class Workforce:
         return replace(member.observe(), value=self._node_values.get(node, 0))
 
     def locate(self, domains: Mapping[str, str], values: Mapping[str, int]) -> None:
-        """Take in each node's network domain, which routers keep a request in, and what that is
-        worth: victims are chosen by it first."""
+        """Take in each node's network domain, for routers, and its worth, for choosing victims."""
         self._domains, self._node_values = domains, values
 
     def listing(self) -> list[WorkerEntry]:
