@@ -1,4 +1,4 @@
-"""A real Chromium on the dashboard, and what it shows as data."""
+"""A real Chromium on pages of ours, and what they show as data."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,8 +62,9 @@ Rgb = tuple[int, int, int]
 
 
 @dataclass
-class Dashboard:
-    """One open page; `faults` collects what its console and its requests should not have."""
+class OurPage:
+    """One open page that asks only `url` and what lies below it; `faults` collects what its console
+    and its requests should not have."""
 
     page: Page
     url: str
@@ -79,8 +80,26 @@ class Dashboard:
             self.faults.append(f"console: {message.text}")
 
     def _asked(self, url: str) -> None:
-        if not url.startswith(f"{self.url}/"):
+        if url != self.url and not url.startswith(f"{self.url}/"):
             self.faults.append(f"asked {url}")
+
+    def overflow(self) -> int:
+        """Return by how many pixels the page is wider than its window."""
+        width: int = self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
+        return width
+
+    def faint_texts(self) -> list[str]:
+        """Return what does not reach WCAG AA: 4.5, or 3 for large text."""
+        faint = []
+        for what, colour, ground, size, weight in self.page.evaluate(_TEXTS):
+            is_large = size >= 24 or (size >= 18.66 and weight >= 700)
+            if (ratio := contrast(colour, ground)) < (3.0 if is_large else 4.5):
+                faint.append(f"{what!r}: {ratio:.2f} ({colour} on {ground})")
+        return faint
+
+
+class Dashboard(OurPage):
+    """The page that an endpoint serves under /dashboard."""
 
     def open(self) -> None:
         self.page.goto(f"{self.url}/dashboard")
@@ -104,20 +123,6 @@ class Dashboard:
         """Return the words of the element that has the focus."""
         text: str = self.page.evaluate("document.activeElement.innerText")
         return text
-
-    def overflow(self) -> int:
-        """Return by how many pixels the page is wider than its window."""
-        width: int = self.page.evaluate("document.documentElement.scrollWidth - innerWidth")
-        return width
-
-    def faint_texts(self) -> list[str]:
-        """Return what does not reach WCAG AA: 4.5, or 3 for large text."""
-        faint = []
-        for what, colour, ground, size, weight in self.page.evaluate(_TEXTS):
-            is_large = size >= 24 or (size >= 18.66 and weight >= 700)
-            if (ratio := contrast(colour, ground)) < (3.0 if is_large else 4.5):
-                faint.append(f"{what!r}: {ratio:.2f} ({colour} on {ground})")
-        return faint
 
     def tones(self, *names: str) -> dict[str, Rgb]:
         """Return colours of the theme by name."""
