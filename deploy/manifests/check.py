@@ -3,8 +3,8 @@
     python -m deploy.manifests.check [--crd FILE] FILE...
 
 Kubernetes' own kinds and RayService against `schemas/`, a Serve configuration against Ray Serve's
-model and ours, a cluster launcher's file against Ray's. With `--crd`, RayServices are held against
-that definition, as `kubectl get crd rayservices.ray.io -o yaml` prints it.
+model and ours, a cluster launcher's file against Ray's. `--crd` names the definition of RayService
+that a cluster has, as `kubectl get crd rayservices.ray.io -o yaml` prints it.
 """
 
 import argparse
@@ -34,16 +34,14 @@ def faults(document: Mapping[str, Any], crd: Mapping[str, Any] | None = None) ->
         is_serve = "applications" in document
         return list(serve_faults(document) if is_serve else launcher_faults(document))
     kind = f"{document['apiVersion']}/{document.get('kind')}"
-    schema = _schema_of(kind)
-    if schema is None:
+    if kind == _RAY_SERVICE:
+        schema = schema_of_crd(crd or _read("rayservice.json"), "v1")
+        found = [_line(error) for error in Draft202012Validator(schema).iter_errors(document)]
+        return found or list(ray_service_faults(document))
+    reference = _reference(kind)
+    if reference is None:
         return [f"no schema for {kind}"]
-    found = [_line(error) for error in _validator(schema).iter_errors(document)]
-    if kind == _RAY_SERVICE and not found:
-        if crd is not None:
-            validator = Draft202012Validator(schema_of_crd(crd, "v1"))
-            found += [_line(error) for error in validator.iter_errors(document)]
-        found += ray_service_faults(document)
-    return found
+    return [_line(error) for error in _validator(reference).iter_errors(document)]
 
 
 def serve_faults(document: Mapping[str, Any]) -> Iterator[str]:
@@ -111,9 +109,7 @@ def _closed(schema: Any) -> Any:
     return closed
 
 
-def _schema_of(kind: str) -> str | None:
-    if kind == _RAY_SERVICE:
-        return "rayservice.json"
+def _reference(kind: str) -> str | None:
     group_version, _, name = kind.rpartition("/")
     for definition, schema in _read("kubernetes.json")["$defs"].items():
         for each in schema.get("x-kubernetes-group-version-kind", ()):
@@ -130,9 +126,9 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _validator(reference: str) -> Draft202012Validator:
-    names = ("kubernetes.json", "rayservice.json")
-    resources = ((name, Resource.from_contents(_read(name))) for name in names)
-    return Draft202012Validator({"$ref": reference}, registry=Registry().with_resources(resources))
+    kubernetes = Resource.from_contents(_read("kubernetes.json"))
+    registry = Registry().with_resource("kubernetes.json", kubernetes)
+    return Draft202012Validator({"$ref": reference}, registry=registry)
 
 
 def _line(error: Any) -> str:

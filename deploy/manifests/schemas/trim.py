@@ -1,8 +1,13 @@
-"""Writes kubernetes.json: the schemas of the kinds that the manifests use, out of a wheel of the
-package kubernetes-validate, without their descriptions.
+"""Writes the schemas here: of their sources what the manifests use, without descriptions.
+
+kubernetes.json out of a wheel of the package kubernetes-validate:
 
     pip download --no-deps kubernetes-validate==1.37.0
     python -m deploy.manifests.schemas.trim kubernetes_validate-1.37.0-py3-none-any.whl
+
+rayservice.json out of KubeRay's definition (helm-chart/kuberay-operator/crds):
+
+    python -m deploy.manifests.schemas.trim ray.io_rayservices.yaml
 """
 
 import json
@@ -11,6 +16,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 VERSION = "v1.37.0"
 KINDS = (
@@ -24,11 +31,26 @@ KINDS = (
     "io.k8s.api.rbac.v1.ClusterRole",
     "io.k8s.api.rbac.v1.ClusterRoleBinding",
 )
-OUTPUT = Path(__file__).with_name("kubernetes.json")
+RAY_SERVICE_VERSION = "v1"
+_HERE = Path(__file__).parent
 _FOLDER = f"kubernetes_validate/kubernetes-json-schema/{VERSION}-local-strict"
 
 
-def main(wheel: str) -> None:
+def main(source: str) -> None:
+    if source.endswith(".whl"):
+        _write_kubernetes(source)
+    else:
+        _write_ray_service(Path(source))
+
+
+def _write_ray_service(source: Path) -> None:
+    definition = yaml.safe_load(source.read_text())
+    spec = definition["spec"]
+    spec["versions"] = [v for v in spec["versions"] if v["name"] == RAY_SERVICE_VERSION]
+    (_HERE / "rayservice.json").write_text(json.dumps(_bare(definition)) + "\n")
+
+
+def _write_kubernetes(wheel: str) -> None:
     with zipfile.ZipFile(wheel) as archive:
         everything = json.loads(archive.read(f"{_FOLDER}/_definitions.json"))["$defs"]
     kept: dict[str, Any] = {}
@@ -39,7 +61,7 @@ def main(wheel: str) -> None:
             kept[name] = _bare(everything[name])
             wanted += _references(kept[name])
     lines = (f"{json.dumps(name)}: {json.dumps(kept[name])}" for name in sorted(kept))
-    OUTPUT.write_text('{"$defs": {\n' + ",\n".join(lines) + "\n}}\n")
+    (_HERE / "kubernetes.json").write_text('{"$defs": {\n' + ",\n".join(lines) + "\n}}\n")
 
 
 def _bare(schema: Any) -> Any:
