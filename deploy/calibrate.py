@@ -89,7 +89,7 @@ def run(config: TandemConfig, plan: CalibrationPlan, say: Callable[[str], None] 
     def measure(sizes: Sizes, clients: int) -> Measurement:
         return press(pressure, source, sizes, clients, plan.objectives)
 
-    with controller_of(state) as controller:
+    with controller_of(config.cluster) as controller:
         # Ray has taken SIGTERM; ended by either signal, the pools go back all the same.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

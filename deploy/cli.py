@@ -128,12 +128,13 @@ def run_demo(config: TandemConfig, parsed: argparse.Namespace) -> int:
 
 
 def run_status(config: TandemConfig, parsed: argparse.Namespace) -> int:
-    from deploy.controller_link import running_deployment
+    from deploy.state import DeploymentState
     from deploy.status import read_status, show
 
-    state = running_deployment(config.cluster.name)
-    status = read_status(state)
-    print(json.dumps(status, indent=2) if parsed.json else show(status, state.url))
+    status = read_status(config.cluster)
+    state = DeploymentState.read(config.cluster.name)
+    url = state.url if state else None
+    print(json.dumps(status, indent=2) if parsed.json else show(status, url))
     return 0 if status["healthy"] else 1
 
 
@@ -148,7 +149,7 @@ def run_scale(config: TandemConfig, parsed: argparse.Namespace) -> int:
         is_auto=parsed.auto,
         wait_s=config.cluster.start_timeout_s if parsed.wait else None,
     )
-    return run(config.cluster.name, order, _print)
+    return run(config.cluster, order, _print)
 
 
 def run_decisions(config: TandemConfig, parsed: argparse.Namespace) -> int:

@@ -7,8 +7,9 @@ from typing import Any
 
 from autoscaler.limits import Limits
 from autoscaler.ratio import Sizes
+from cluster.config import ClusterSection
 from cluster.errors import TandemError, Unavailable, summarise
-from deploy.connect import connect_to
+from deploy.connect import connect, connect_to
 from deploy.state import DeploymentState
 
 _TIMEOUT_S = 10.0
@@ -43,9 +44,13 @@ class ControllerLink:
 
 
 @contextmanager
-def controller_of(state: DeploymentState) -> Iterator[ControllerLink]:
-    """Join the deployment's cluster for as long as the block runs."""
-    connect_to(state)
+def controller_of(cluster: ClusterSection) -> Iterator[ControllerLink]:
+    """Join the deployment's cluster for as long as the block runs: the one at `cluster.address`,
+    as an app that `serve deploy` started has it, else the one of the deployment that runs here."""
+    if cluster.address is not None:
+        connect(cluster.address)
+    else:
+        connect_to(running_deployment(cluster.name))
     # Not earlier: what lets this process into the cluster is read when Ray is imported.
     import ray
 
@@ -53,10 +58,10 @@ def controller_of(state: DeploymentState) -> Iterator[ControllerLink]:
 
     try:
         try:
-            actor = find_controller(state.name)
+            actor = find_controller(cluster.name)
         except ValueError as error:
-            raise _unanswered(state.name, error) from None
-        yield ControllerLink(state.name, ray, actor)
+            raise _unanswered(cluster.name, error) from None
+        yield ControllerLink(cluster.name, ray, actor)
     finally:
         ray.shutdown()
 

@@ -4,13 +4,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from autoscaler.ratio import Sizes
+from cluster.config import ClusterSection
 from cluster.errors import ConfigError
 from deploy.controller_link import (
     ControllerLink,
     controller_of,
     desired_sizes,
     limits_of,
-    running_deployment,
     wait_for_sizes,
 )
 
@@ -36,9 +36,9 @@ class ScaleOrder:
             raise ConfigError("--wait is for sizes: with --auto the load decides")
 
 
-def run(name: str, order: ScaleOrder, say: Callable[[str], None] = print) -> int:
-    """Give the order to the deployment `name`; return the exit status."""
-    with controller_of(running_deployment(name)) as controller:
+def run(cluster: ClusterSection, order: ScaleOrder, say: Callable[[str], None] = print) -> int:
+    """Give the order to the deployment; return the exit status."""
+    with controller_of(cluster) as controller:
         if order.is_auto:
             _leave_to_the_load(controller, say)
         else:

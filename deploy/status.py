@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from contextlib import redirect_stdout
 from typing import Any
 
+from cluster.config import ClusterSection
 from deploy.controller_link import controller_of, desired_sizes
-from deploy.state import DeploymentState
 
 _COLUMNS = (
     "worker_id",
@@ -20,18 +20,19 @@ _COLUMNS = (
 )
 
 
-def read_status(state: DeploymentState) -> dict[str, Any]:
+def read_status(cluster: ClusterSection) -> dict[str, Any]:
     """Ask the deployment's controller; raise `Unavailable` if it does not answer."""
     # Ray prints what happens to nodes, whatever it is told; our own output may be JSON.
-    with redirect_stdout(sys.stderr), controller_of(state) as controller:
+    with redirect_stdout(sys.stderr), controller_of(cluster) as controller:
         return controller.status()
 
 
-def show(status: dict[str, Any], url: str) -> str:
-    """Return `status` as text."""
+def show(status: dict[str, Any], url: str | None) -> str:
+    """Return `status` as text; `url` is None where only the cluster knows the endpoint."""
+    where = f" at {url}/v1" if url else ""
     health = "healthy" if status["healthy"] else f"not healthy: {status['reason']}"
     lines = [
-        f"{status['name']}: {status['model']} ({status['engine']}) at {url}/v1, {health}",
+        f"{status['name']}: {status['model']} ({status['engine']}){where}, {health}",
         f"desired {desired_sizes(status)}, autoscaler {status['autoscaler']},"
         f" controller epoch {status['epoch']}{', sizes held by hand' if status['pinned'] else ''}",
         *(f"no place: {reason}" for reason in status["unplaced"]),

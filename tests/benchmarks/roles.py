@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 
 from autoscaler.ratio import Sizes
-from deploy.controller_link import ControllerLink, controller_of, missing_for, running_deployment
+from cluster.config import ClusterSection
+from deploy.controller_link import ControllerLink, controller_of, missing_for
 from tests.served import Served, tandem, wait_until
 
 NAME = "bench-roles"
@@ -177,7 +178,7 @@ def time_roles(rounds: int, **flags: Any) -> RoleTimes:
     steps = ((DECODE_HEAVY, times.to_decode), (PREFILL_HEAVY, times.to_prefill))
     with (
         tandem(NAME, **flags) as served,
-        controller_of(running_deployment(NAME)) as controller,
+        controller_of(ClusterSection(name=NAME)) as controller,
         trickling(served) as trickle,
     ):
         settle(controller, PREFILL_HEAVY)

@@ -157,6 +157,19 @@ def test_what_cannot_is_refused_with_the_reason_and_nothing_stops(site: Site) ->
     assert ready("prefill") | ready("decode") == before
 
 
+def test_an_operator_on_a_node_sizes_it_by_hand(site: Site) -> None:
+    def tandem(*words: str) -> str:
+        where = ("--name", NAME, "--address", ray.get_runtime_context().gcs_address)
+        command = [sys.executable, "-m", "deploy.cli", *words, *where]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "pools are held at 1P2D" in tandem("scale", "--decode", "2")
+    assert "desired 1P2D" in (shown := tandem("status")) and "sizes held by hand" in shown
+    assert "no longer held" in tandem("scale", "--auto")
+
+
 def test_a_controller_that_comes_back_keeps_what_was_deployed(site: Site) -> None:
     before = status()["epoch"]
     ray.kill(find_controller(NAME), no_restart=False)
