@@ -121,12 +121,22 @@ def kill_held(fleet: Fleet) -> None:
 
 
 def kill_stopping(fleet: Fleet) -> None:
-    """A worker that is not needed any more before it has started does not get to hear of it."""
+    """A worker that is not needed any more before it has started does not get to hear of it.
+
+    Two start, one for a pool and one to stand by: either may be the one that goes.
+    """
     fleet.order(4, 4)
-    worker = fleet.freeze("starting")
+    starting = [fleet.freeze("starting") for _ in range(2)]
     fleet.order(3, 3)
-    wait_until(lambda: fleet.state_of(worker) == "stopping", REACHED_S, "a worker is stopping")
+
+    def find() -> Worker | None:
+        return next((each for each in starting if fleet.state_of(each) == "stopping"), None)
+
+    worker = wait_until(find, REACHED_S, "one of them is stopping")
     fleet.kill(worker)
+    starting.remove(worker)
+    for other in starting:
+        psutil.Process(other["pid"]).resume()
 
 
 def kill_in(state: str, role: str | None, *order: int) -> Callable[[Fleet], None]:
