@@ -262,9 +262,6 @@ class Flow:
                 f"tokens lost on the way: {run.num_received} received, {answer.num_before} sent"
             )
         run.num_received += len(answer.token_ids)
-        if not run.is_decoding:
-            run.is_decoding = True
-            run.record.timeline.stamp(Event.DECODING, _now())
         if run.prefill is not None:
             run.prefill.close()
             run.prefill = None
@@ -275,6 +272,9 @@ class Flow:
         """Count what the tokens carry and when they came; return them for the client."""
         now, record = _now(), run.record
         run.is_answered = True
+        if run.decode is not None and not run.is_decoding:
+            run.is_decoding = True
+            record.timeline.stamp(Event.DECODING, now)
         # Prefill's are for the client; the record has decode's.
         if tokens.stats is not None and run.is_decoding:
             record.prompt_tokens = PromptTokens.of(tokens.stats, run.placed.expects_handoff)
