@@ -29,8 +29,13 @@ class EngineFacts:
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """One leg of a request. `produce` holds the KV cache after one greedy token; `consume`
-    pulls it. At most one of the two is set; with neither the engine prefills and decodes."""
+    """One leg of a request. `produce` holds the KV cache after one token, unless this token ends
+    the request by `sampling`; `consume` pulls it. At most one of the two is set; with neither
+    the engine prefills and decodes.
+
+    `first_token` was sampled elsewhere: the engine generates what follows it. `sampling` counts
+    it, stats do not.
+    """
 
     request_id: RequestId
     prompt_token_ids: tuple[int, ...]
@@ -39,6 +44,7 @@ class EngineRequest:
     consume: Offer | None = None
     cache_salt: str | None = None
     priority: int = 0
+    first_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ messages per multipart. `PROTOCOL_VERSION` history:
 
 1. first version.
 2. a receipt names the transport.
+3. prefill may sample the first token, and decode goes on from it.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, WorkerId
 from cluster.wire import Codec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +45,18 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """Router to worker: run the prompt, hold its KV cache under `handoff_id`."""
+    """Router to worker: run the prompt, hold its KV cache under `handoff_id`.
+
+    With `sampling`, the client's, the first token is sampled here too; if it ends the request,
+    the answer is `Tokens` and nothing is held.
+    """
 
     request_id: RequestId
     handoff_id: HandoffId
     prompt_token_ids: tuple[int, ...]
     cache_salt: str | None
     priority: int
+    sampling: Mapping[str, object] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,8 @@ class Decode:
     """Router to worker: generate; pull the prompt's KV cache from `offer` unless it is None.
 
     `sampling` is vLLM's `SamplingParams` as a document; the simulated engine reads
-    `max_tokens` and `ignore_eos` of it.
+    `max_tokens` and `ignore_eos` of it. The client has `first_token` already: the answer begins
+    with the second.
     """
 
     request_id: RequestId
@@ -67,6 +74,7 @@ class Decode:
     offer: Offer | None
     cache_salt: str | None
     priority: int
+    first_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +115,12 @@ class PrefillStats:
 
 @dataclass(frozen=True, slots=True)
 class Prefilled:
-    """Worker to router: the prompt is computed and held."""
+    """Worker to router: the prompt is computed and held; `first_token` if that was asked for."""
 
     request_id: RequestId
     offer: Offer
     stats: PrefillStats
+    first_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +139,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Worker to router: newly generated tokens of one request.
+    """Worker to router: newly generated tokens of one request; prefill's only if they are all.
 
     `num_before` counts the leg's tokens sent before these: a gap shows that a message was lost
     on the way, which a connection that breaks and heals would otherwise hide.

@@ -190,7 +190,7 @@ PREFILL_SECONDS = _router.histogram(
 )
 TRANSFER_SECONDS = _router.histogram(
     "tandem_transfer_seconds",
-    "Prompt computed to first token: the whole hand-off and decode's first step",
+    "Prompt computed to decode's first token: the whole hand-off and decode's first step",
     _REQUEST_S,
 )
 HANDOFF_BYTES = _router.counter(

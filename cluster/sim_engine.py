@@ -1,8 +1,8 @@
 """The simulated engine: a timing model with real sockets, real hand-offs and no model.
 
 It computes nothing, but it cannot fake a hand-off: a prompt's KV blocks hold digests of the
-prompt, and the tokens it generates are digests of the blocks it finds, so wrong blocks give
-wrong tokens. Imports neither torch nor vLLM.
+prompt, and the tokens it generates are digests of the blocks it finds and of the first token, so
+wrong blocks or another first token give wrong tokens. Imports neither torch nor vLLM.
 """
 
 import asyncio
@@ -60,8 +60,18 @@ class _Sequence:
 
     @property
     def num_to_pull(self) -> int:
-        """The last prompt token is always computed by the engine that samples."""
+        """The token before the one to sample is always computed by the engine that samples."""
+        return self.num_prompt - (self.request.first_token is None)
+
+    @property
+    def num_to_digest(self) -> int:
+        """Tokens whose blocks the first token is made of, whichever engine makes it."""
         return self.num_prompt - 1
+
+    @property
+    def is_held(self) -> bool:
+        """Whether its KV cache is handed on: not if the one token it makes is all it wants."""
+        return self.request.produce is not None and self.max_tokens > 1
 
 
 def block_content(prompt: Sequence[int], end: int, size: int) -> bytes:
@@ -122,8 +132,9 @@ class SimulatedEngine:
         asked = request.sampling.get("max_tokens", 16)
         max_tokens = asked if isinstance(asked, int) else 16
         room = self._model.max_model_len - len(request.prompt_token_ids)
-        is_producing = request.produce is not None
-        sequence = _Sequence(request, 1 if is_producing else max(1, min(max_tokens, room)))
+        # A producer makes one token of its own, however many there will be.
+        limit = max_tokens if request.produce is not None else min(max_tokens, room)
+        sequence = _Sequence(request, max(1, limit))
         if request.consume is not None:
             self._port.announce(request.consume)
         self._waiting.append(sequence)
@@ -218,7 +229,8 @@ class SimulatedEngine:
         """Start waiting requests in order while blocks and batch slots last."""
         while self._waiting:
             sequence = self._waiting[0]
-            needed = self._num_blocks(sequence.num_prompt + sequence.max_tokens)
+            num_new = 1 if sequence.request.produce is not None else sequence.max_tokens
+            needed = self._num_blocks(sequence.num_prompt + num_new)
             is_full = len(self._running) + len(self._pulling) >= self._model.max_num_seqs
             if needed > len(self._free) or is_full:
                 return
@@ -268,13 +280,15 @@ class SimulatedEngine:
         if sequence.is_aborted:
             return None
         stats = None
-        if sequence.num_generated == 0:
+        if not sequence.state:
             self._write_blocks(sequence)
             sequence.state = self._digest_blocks(sequence)
             stats = self._stats(sequence)
+            if sequence.request.first_token is not None:
+                self._take_in(sequence, sequence.request.first_token)
         token = self._token(sequence)
-        sequence.num_generated += 1
-        if sequence.num_generated < sequence.max_tokens:
+        self._take_in(sequence, token)
+        if sequence.num_generated < sequence.max_tokens and sequence.request.produce is None:
             return EngineOutput(
                 sequence.request.request_id, (token,), stats=stats, receipt=self._receipt(sequence)
             )
@@ -282,7 +296,7 @@ class SimulatedEngine:
 
     def _finish(self, sequence: _Sequence, token: int, stats: PrefillStats | None) -> EngineOutput:
         self._running.remove(sequence)
-        offer = self._hold(sequence) if sequence.request.produce is not None else None
+        offer = self._hold(sequence) if sequence.is_held else None
         if offer is None:
             self._release_blocks(sequence.block_ids)
         return EngineOutput(
@@ -318,17 +332,23 @@ class SimulatedEngine:
         if sequence.num_transferred:
             return
         prompt, size = sequence.request.prompt_token_ids, self._model.block_size
-        for index in range(self._num_blocks(sequence.num_to_pull)):
-            end = min((index + 1) * size, sequence.num_to_pull)
+        for index in range(self._num_blocks(sequence.num_prompt)):
+            end = min((index + 1) * size, sequence.num_prompt)
             content = block_content(prompt, end, self._section.block_bytes)
             self._port.write(sequence.block_ids[index], content)
 
     def _digest_blocks(self, sequence: _Sequence) -> bytes:
         digest = hashlib.sha256()
-        for block_id in sequence.block_ids[: self._num_blocks(sequence.num_to_pull)]:
+        for block_id in sequence.block_ids[: self._num_blocks(sequence.num_to_digest)]:
             digest.update(self._port.read(block_id))
         digest.update(str(sequence.request.prompt_token_ids[-1]).encode())
         return digest.digest()
+
+    def _take_in(self, sequence: _Sequence, token: int) -> None:
+        """Go on from `token`: what follows the first one depends on it."""
+        if sequence.num_generated == 0:
+            sequence.state = hashlib.sha256(sequence.state + token.to_bytes(8, "little")).digest()
+        sequence.num_generated += 1
 
     def _token(self, sequence: _Sequence) -> int:
         """Return the next token; the lowest quarter of ids is left out: specials and bytes."""

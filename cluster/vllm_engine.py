@@ -132,6 +132,8 @@ class VllmEngine:
         self._control_endpoint = f"ipc://@{settings.worker_id}-{self._epoch:x}"
         self._waiting: set[str] = set()
         self._running: set[str] = set()
+        # Those whose first token is part of what vLLM takes for their prompt.
+        self._continued: set[str] = set()
         self._client: AsyncMPClient | None = None
         self._control_lock = asyncio.Lock()
 
@@ -203,11 +205,15 @@ class VllmEngine:
     async def submit(self, request: EngineRequest) -> None:
         """Raises `RequestInvalid` if the sampling document is none."""
         sampling = self._sampling(request)
+        prompt_token_ids = list(request.prompt_token_ids)
+        if request.first_token is not None:
+            prompt_token_ids.append(request.first_token)
+            self._continued.add(request.request_id)
         self._waiting.add(request.request_id)
         await self._core.add_request_async(
             EngineCoreRequest(
                 request_id=request.request_id,
-                prompt_token_ids=list(request.prompt_token_ids),
+                prompt_token_ids=prompt_token_ids,
                 mm_features=None,
                 sampling_params=sampling,
                 pooling_params=None,
@@ -221,19 +227,21 @@ class VllmEngine:
 
     def _sampling(self, request: EngineRequest) -> SamplingParams:
         words = self._settings.words
-        if request.produce is not None:
-            # Greedy and without seed: a seeded prompt over two steps kills the CPU engine, and
-            # this token is not the client's.
-            sampling = SamplingParams(temperature=0.0, max_tokens=1, detokenize=False)
-            sampling.extra_args = {"kv_transfer_params": words.produce_params(request.produce)}
-            return sampling
         sampling = sampling_from_document(request.sampling)
         extra = sampling.extra_args or {}
         # The connector believes these parameters, so a document's own never reach it.
         extra.pop("kv_transfer_params", None)
+        if request.produce is not None and sampling.max_tokens != 1:
+            extra["kv_transfer_params"] = words.produce_params(request.produce)
         if request.consume is not None:
             extra["kv_transfer_params"] = words.consume_params(request.consume)
         sampling.extra_args = extra or None
+        if request.produce is not None:
+            sampling.max_tokens, sampling.min_tokens = 1, min(sampling.min_tokens, 1)
+        if request.first_token is not None:
+            assert sampling.max_tokens is not None, "the router's input processor sets it"
+            sampling.max_tokens -= 1
+            sampling.min_tokens = max(sampling.min_tokens - 1, 0)
         return sampling
 
     async def outputs(self) -> AsyncIterator[Sequence[EngineOutput]]:
@@ -254,6 +262,9 @@ class VllmEngine:
             self._running.add(request_id)
         if output.finish_reason is not None:
             self._running.discard(request_id)
+        stats = _stats(output.prefill_stats, is_continued=request_id in self._continued)
+        if stats is not None or output.finish_reason is not None:
+            self._continued.discard(request_id)
         params = output.kv_transfer_params or {}
         receipt = params.get("receipt")
         prompt_logprobs = output.new_prompt_logprobs_tensors
@@ -264,7 +275,7 @@ class VllmEngine:
             stop_reason=output.stop_reason,
             logprobs=logprobs_document(output.new_logprobs) if output.new_logprobs else None,
             prompt_logprobs=prompt_logprobs_document(prompt_logprobs) if prompt_logprobs else None,
-            stats=_stats(output.prefill_stats),
+            stats=stats,
             offer=self._settings.words.offered(params),
             receipt=Receipt(**receipt) if receipt else None,
             handoff_error=await self._failure(output),
@@ -282,6 +293,7 @@ class VllmEngine:
         """End requests wherever they are; no output follows."""
         self._waiting.difference_update(request_ids)
         self._running.difference_update(request_ids)
+        self._continued.difference_update(request_ids)
         await self._core.abort_requests_async(list(request_ids))
 
     async def release(self, handoff_ids: Sequence[HandoffId]) -> None:
@@ -342,12 +354,16 @@ def _cpu_defaults() -> dict[str, Any]:
     return {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
 
 
-def _stats(stats: VllmPrefillStats | None) -> PrefillStats | None:
+def _stats(stats: VllmPrefillStats | None, is_continued: bool) -> PrefillStats | None:
+    """Return the counts of the prompt alone.
+
+    The last of what vLLM takes for one is never cached nor transferred.
+    """
     if stats is None:
         return None
     return PrefillStats(
-        num_prompt_tokens=stats.num_prompt_tokens,
-        num_computed_tokens=stats.num_computed_tokens,
+        num_prompt_tokens=stats.num_prompt_tokens - is_continued,
+        num_computed_tokens=stats.num_computed_tokens - is_continued,
         num_local_cached_tokens=stats.num_local_cached_tokens,
         num_transferred_tokens=stats.num_external_cached_tokens,
     )

@@ -23,6 +23,7 @@ class DecodeRole:
             consume=message.offer,
             cache_salt=message.cache_salt,
             priority=message.priority,
+            first_token=message.first_token,
         )
 
     def report(self, output: EngineOutput) -> Report:

@@ -31,8 +31,6 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
-_FINISHED_WHOLE = (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
-
 
 class SchedulerHalf:
     """Turns vLLM's scheduling callbacks into orders for the worker halves."""
@@ -145,7 +143,8 @@ class SchedulerHalf:
         key = request.request_id
         handoff_id = handoff_to_produce(request.kv_transfer_params)
         if handoff_id is not None:
-            if request.status in _FINISHED_WHOLE:
+            # Its one token has stopped any other request: there is nothing to go on from.
+            if request.status is RequestStatus.FINISHED_LENGTH_CAPPED:
                 return True, offered_params(self._hold(request, handoff_id, block_ids))
             return False, None
         unused = self._offers.pop(key, None)

@@ -1,35 +1,49 @@
 """The prefill role: compute the prompt, hold its KV cache, offer it, free it when told.
 
 A request here has two lives: computing (an abort ends it) and held (a release ends it). It
-stays known until the router closes its leg, whoever has freed the blocks meanwhile.
+stays known until the router closes its leg, whoever has freed the blocks meanwhile. One whose
+first token is its last has only the first life.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 from cluster.engine import EngineOutput, EngineRequest
-from cluster.messages import Decode, Failed, Prefill, Prefilled, Rejected
-from cluster.names import HandoffId, RequestId
+from cluster.messages import Decode, Failed, Prefill, Prefilled, Rejected, Tokens
+from cluster.names import FinishReason, HandoffId, RequestId
 from cluster.roles import Ending, Report
 
 _CANCELLED_KEPT = 4096
+# For a token nobody reads. Without a seed: with one, a prompt over two steps kills vLLM's CPU
+# engine. There would be a second token, so the first does not end the request.
+UNREAD: Mapping[str, object] = {"temperature": 0.0, "max_tokens": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    handoff_id: HandoffId
+    is_sampled: bool
 
 
 class PrefillRole:
     """What a worker does with prompts."""
 
     def __init__(self) -> None:
-        self._computing: dict[RequestId, HandoffId] = {}
+        self._computing: dict[RequestId, _Prompt] = {}
         self._held: dict[RequestId, HandoffId] = {}
         # An abort can cross the engine's finish: an offer that comes for one of these is freed.
         self._cancelled: dict[RequestId, None] = {}
 
     def accept(self, message: Prefill | Decode) -> EngineRequest | Rejected:
-        """Return the engine's request; it is greedy and makes one token nobody reads."""
+        """Return the engine's request; it makes one token, greedily if nobody reads it."""
         if not isinstance(message, Prefill):
             return Rejected(message.request_id, "this worker is in the prefill role")
-        self._computing[message.request_id] = message.handoff_id
+        is_sampled = message.sampling is not None
+        self._computing[message.request_id] = _Prompt(message.handoff_id, is_sampled)
         return EngineRequest(
             request_id=message.request_id,
             prompt_token_ids=message.prompt_token_ids,
-            sampling={},
+            sampling=UNREAD if message.sampling is None else message.sampling,
             produce=message.handoff_id,
             cache_salt=message.cache_salt,
             priority=message.priority,
@@ -40,15 +54,15 @@ class PrefillRole:
         request_id = output.request_id
         if output.finish_reason is None:
             return Report(None)
-        handoff_id = self._computing.pop(request_id, None)
+        prompt = self._computing.pop(request_id, None)
         if output.offer is None or output.stats is None:
-            failed = Failed(request_id, "engine", f"prefill ended with {output.finish_reason}")
-            return Report(failed, is_last=True)
-        if handoff_id is None or request_id in self._cancelled:
+            return Report(_unheld(output, prompt), is_last=True)
+        if prompt is None or request_id in self._cancelled:
             self._cancelled.pop(request_id, None)
             return Report(None, Ending(release=(output.offer.handoff_id,)), is_last=True)
-        self._held[request_id] = handoff_id
-        return Report(Prefilled(request_id, output.offer, output.stats))
+        self._held[request_id] = prompt.handoff_id
+        token = output.token_ids[0] if prompt.is_sampled else None
+        return Report(Prefilled(request_id, output.offer, output.stats, token))
 
     def cancel(self, request_id: RequestId) -> Ending:
         """End the request in whichever of its lives it is."""
@@ -61,3 +75,17 @@ class PrefillRole:
         while len(self._cancelled) > _CANCELLED_KEPT:
             del self._cancelled[next(iter(self._cancelled))]
         return Ending(abort=(request_id,))
+
+
+def _unheld(output: EngineOutput, prompt: _Prompt | None) -> Tokens | Failed:
+    """Return what an end without an offer means: the first token was the last, or a failure."""
+    has_ended = output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+    if prompt is None or not prompt.is_sampled or not has_ended:
+        return Failed(output.request_id, "engine", f"prefill ended with {output.finish_reason}")
+    return Tokens(
+        output.request_id,
+        output.token_ids,
+        output.finish_reason,
+        output.stop_reason,
+        stats=output.stats,
+    )

@@ -1,7 +1,7 @@
 """The life of a request, on one screen: `Flow.serve`. Read this file first.
 
 admit -> place -> prefill -> hand over -> decode -> account -> release, and back to `place` with
-`recover` if a worker fails before the client has been answered. Everything between two awaits
+`recover` if a worker fails before decode has said anything. Everything between two awaits
 is one synchronous step, nothing in a cleanup awaits, and whatever ends the request (the last
 token, an error, a deadline, a client that went away) goes through the same `finally`.
 """
@@ -16,28 +16,17 @@ from typing import NoReturn
 from cluster.config import RouterSection
 from cluster.errors import (
     DeadlineExceeded,
-    HandoffFailed,
     Overloaded,
-    RequestInvalid,
     RetryElsewhere,
     TandemError,
     Unavailable,
-    WorkerLost,
 )
-from cluster.messages import (
-    Decode,
-    Failed,
-    Offer,
-    Prefill,
-    Prefilled,
-    Rejected,
-    Tokens,
-    WorkerMessage,
-)
+from cluster.messages import Decode, Offer, Prefill, Prefilled, Tokens
 from cluster.metrics import OPEN_RESERVATIONS
 from cluster.names import FinishReason, HandoffId, RequestId, Role, WorkerId
 from cluster.request_plane import Leg
 from router.admission import Admission, Ticket
+from router.first_token import may_prefill_sample
 from router.ledger import Reservation
 from router.load_meter import LoadMeter
 from router.measures import NO_OBJECTIVES, Measures, Objectives
@@ -45,7 +34,11 @@ from router.membership import Membership
 from router.policy import RETRY_AFTER_S, Placed, RejectedPlacement, Rejection
 from router.records import Outcome, PromptTokens, Records, RequestRecord
 from router.recovery import Cause, Tries, should_retry
+from router.setbacks import EngineFailed, Refused, cause_of, failure_in, outcome_of
 from router.timeline import Event
+
+# How the first token can be the last one.
+_LAST_AT_FIRST = (FinishReason.STOP, FinishReason.LENGTH)
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +100,12 @@ class Flow:
         while run.last is None:
             try:
                 await self._place(run)
-                await self._prefill(run)
+                first = await self._prefill(run)
+                if first is not None and first.finish_reason is not None:
+                    run.last = self._account(run, first)
+                    continue
+                if first is not None:
+                    yield self._account(run, first)
                 self._hand_over(run)
                 while (tokens := await self._decode(run)).finish_reason is None:
                     yield self._account(run, tokens)
@@ -184,13 +182,18 @@ class Flow:
         run.placement = ticket.answer.placement
         run.record.record_placed(run.placement, _now())
 
-    async def _prefill(self, run: "_Run") -> None:
-        """Have the prompt computed and held, unless decode is to compute it."""
+    async def _prefill(self, run: "_Run") -> Tokens | None:
+        """Have the prompt computed and held, unless decode is to compute it.
+
+        Return the first token where prefill samples it. One that the client has is not sampled
+        again, wherever its request goes on.
+        """
         worker_id = run.placed.prefill_worker
         if worker_id is None:
-            return
+            return None
         run.side = Role.PREFILL
         request, leg_id = run.request, run.leg_id
+        is_sampled = run.first_token is None and may_prefill_sample(request.sampling)
         run.prefill = self._membership.link(worker_id).open(
             Prefill(
                 leg_id,
@@ -198,14 +201,23 @@ class Flow:
                 request.prompt_token_ids,
                 request.cache_salt,
                 request.priority,
+                request.sampling if is_sampled else None,
             )
         )
         answer = await run.prefill.receive()
-        if not isinstance(answer, Prefilled):
-            raise _failure(answer)
-        run.offer = answer.offer
+        first = None
+        if isinstance(answer, Prefilled):
+            run.offer = answer.offer
+            if is_sampled and answer.first_token is not None:
+                run.first_token = answer.first_token
+                first = Tokens(leg_id, (answer.first_token,), stats=answer.stats)
+        elif isinstance(answer, Tokens) and is_sampled and answer.finish_reason in _LAST_AT_FIRST:
+            first = answer
+        else:
+            raise failure_in(answer)
         self._admission.end_prefill(run.reservation)
         run.record.timeline.stamp(Event.PREFILLED, _now())
+        return first
 
     def _refusal(self, answer: RejectedPlacement | None, run: "_Run") -> TandemError:
         assert answer is not None
@@ -218,6 +230,7 @@ class Flow:
 
     def _hand_over(self, run: "_Run") -> None:
         """Ask decode for the tokens; it pulls the KV cache itself."""
+        run.check()
         run.side = Role.DECODE
         request = run.request
         run.decode = self._membership.link(run.placed.decode_worker).open(
@@ -228,6 +241,7 @@ class Flow:
                 run.offer,
                 request.cache_salt,
                 request.priority,
+                run.first_token,
             )
         )
         if run.prefill is not None:
@@ -240,11 +254,11 @@ class Flow:
         assert run.decode is not None
         answer = await run.decode.receive()
         if not isinstance(answer, Tokens):
-            raise _failure(answer)
+            raise failure_in(answer)
         if answer.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
-            raise _EngineFailed(f"the decode worker ended it: {answer.stop_reason or 'aborted'}")
+            raise EngineFailed(f"the decode worker ended it: {answer.stop_reason or 'aborted'}")
         if answer.num_before != run.num_received:
-            raise _EngineFailed(
+            raise EngineFailed(
                 f"tokens lost on the way: {run.num_received} received, {answer.num_before} sent"
             )
         run.num_received += len(answer.token_ids)
@@ -258,7 +272,11 @@ class Flow:
         """Count what the tokens carry and when they came; return them for the client."""
         now, record = _now(), run.record
         run.is_answered = True
-        if tokens.stats is not None:
+        if run.decode is not None and not run.is_decoding:
+            run.is_decoding = True
+            record.timeline.stamp(Event.DECODING, now)
+        # Prefill's are for the client; the record has decode's.
+        if tokens.stats is not None and run.is_decoding:
             record.prompt_tokens = PromptTokens.of(tokens.stats, run.placed.expects_handoff)
             self._measures.prefilled(record.prompt_tokens)
         if tokens.receipt is not None:
@@ -284,11 +302,11 @@ class Flow:
         """Note the setback and return to try again, or raise what the client is told."""
         if run.placement is None:
             self._give_up(run, error)
-        cause = _cause(error, run.side)
+        cause = cause_of(error, run.side)
         run.record.record_setback(cause, str(error), _now())
         if cause is Cause.HANDOFF_FAILED:
             self.meter.fail_handoff()
-        if run.is_answered or not should_retry(run.tries, cause, self._config):
+        if run.is_decoding or not should_retry(run.tries, cause, self._config):
             self._give_up(run, error)
         self._measures.recover(cause)
         logger.warning("%s: %s: %s; trying again", run.leg_id, cause.value, error)
@@ -325,7 +343,7 @@ class Flow:
         self._release(run)
 
     def _give_up(self, run: "_Run", error: RetryElsewhere) -> NoReturn:
-        if isinstance(error, _Refused):
+        if isinstance(error, Refused):
             overloaded = Overloaded(str(error), RETRY_AFTER_S)
             self._end(run, overloaded)
             raise overloaded from error
@@ -336,7 +354,7 @@ class Flow:
         if isinstance(error, GeneratorExit) and run.is_answered:
             self._finish(run.record, Outcome.STOP, None)
         else:
-            self._finish(run.record, _outcome(error), str(error) or type(error).__name__)
+            self._finish(run.record, outcome_of(error), str(error) or type(error).__name__)
 
     def _finish(self, record: RequestRecord, outcome: Outcome, error: str | None) -> None:
         if record.outcome is None:
@@ -364,6 +382,8 @@ class _Run:
     setback: RetryElsewhere | None = None
     interruption: TandemError | None = None
     is_answered: bool = False
+    is_decoding: bool = False
+    first_token: int | None = None
     last: Tokens | None = None
 
     timer: asyncio.TimerHandle | None = None
@@ -399,44 +419,5 @@ class _Run:
             raise self.interruption
 
 
-class _Refused(RetryElsewhere):
-    """The worker takes nothing more at the moment."""
-
-
-class _EngineFailed(WorkerLost):
-    """The worker lives but could not run this request."""
-
-
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _failure(answer: WorkerMessage) -> TandemError:
-    """Return the error that an answer other than the one hoped for stands for."""
-    if isinstance(answer, Rejected):
-        return _Refused(answer.reason)
-    if not isinstance(answer, Failed):
-        return _EngineFailed(f"the worker answered with {type(answer).__name__} out of turn")
-    kinds: dict[str, type[TandemError]] = {"invalid": RequestInvalid, "handoff": HandoffFailed}
-    return kinds.get(answer.kind, _EngineFailed)(answer.reason)
-
-
-def _cause(error: RetryElsewhere, side: Role) -> Cause:
-    is_prefill = side is Role.PREFILL
-    if isinstance(error, _Refused):
-        return Cause.PREFILL_REFUSED if is_prefill else Cause.DECODE_REFUSED
-    if isinstance(error, HandoffFailed) and not is_prefill:
-        return Cause.HANDOFF_FAILED
-    if isinstance(error, _EngineFailed | HandoffFailed):
-        return Cause.PREFILL_FAILED if is_prefill else Cause.DECODE_FAILED
-    return Cause.PREFILL_LOST if is_prefill else Cause.DECODE_LOST
-
-
-def _outcome(error: BaseException) -> Outcome:
-    if isinstance(error, GeneratorExit | asyncio.CancelledError):
-        return Outcome.CANCELLED
-    if isinstance(error, Overloaded | Unavailable):
-        return Outcome.REJECTED
-    if isinstance(error, DeadlineExceeded):
-        return Outcome.DEADLINE
-    return Outcome.INVALID if isinstance(error, RequestInvalid) else Outcome.ERROR

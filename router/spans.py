@@ -61,7 +61,8 @@ def _of_request(record: RequestRecord, outcome: Outcome) -> dict[str, Value]:
 
 def _stages(record: RequestRecord) -> Iterator[Span]:
     num_placed = 0
-    for begun, following in pairwise(record.timeline.stamps):
+    stamps = [stamp for stamp in record.timeline.stamps if stamp.event in STAGE_AFTER]
+    for begun, following in pairwise(stamps):
         num_placed += begun.event is Event.PLACED
         stage = STAGE_AFTER[begun.event]
         attempt = record.attempts[num_placed - 1] if num_placed else None

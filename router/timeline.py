@@ -19,15 +19,17 @@ class Event(enum.StrEnum):
     PREFILLED = "prefilled"
     SET_BACK = "set_back"
     FIRST_TOKEN = "first_token"
+    DECODING = "decoding"
     FINISHED = "finished"
 
 
+# The first token is no stage's beginning: prefill's comes before the hand-off, decode's after it.
 STAGE_AFTER = {
     Event.ARRIVED: Stage.QUEUED,
     Event.PLACED: Stage.PREFILL,
     Event.PREFILLED: Stage.TRANSFER,
     Event.SET_BACK: Stage.QUEUED,
-    Event.FIRST_TOKEN: Stage.DECODE,
+    Event.DECODING: Stage.DECODE,
     Event.FINISHED: Stage.FINISHED,
 }
 
@@ -52,7 +54,11 @@ class Timeline:
 
     @property
     def stage(self) -> Stage:
-        return STAGE_AFTER[self.stamps[-1].event]
+        return next(
+            STAGE_AFTER[stamp.event]
+            for stamp in reversed(self.stamps)
+            if stamp.event in STAGE_AFTER
+        )
 
     def stamp(self, event: Event, now: float) -> None:
         self.stamps.append(Stamp(event, now - self.arrived_s))
@@ -81,8 +87,8 @@ class Timeline:
 
     @property
     def transfer_s(self) -> float | None:
-        """Prefilled to the first token: the hand-off, and decode's first step."""
-        return self._between(Event.PREFILLED, Event.FIRST_TOKEN)
+        """Prefilled to decode's first token: the hand-off, and decode's first step."""
+        return self._between(Event.PREFILLED, Event.DECODING)
 
     @property
     def ttft_s(self) -> float | None:

@@ -256,6 +256,67 @@ async def test_consume_generates_what_a_local_prefill_does(
         assert receipt.received_bytes == receipt.produced_bytes > 0
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2, 127, 128, 129, 256, 257, 700])
+async def test_consume_goes_on_from_a_first_token(engines: Engines, num_tokens: int) -> None:
+    """The producer samples it as a local prefill would; the consumer says what comes next."""
+    request = engines.producing(num_tokens)
+    outputs = await engines.producer.run(request)
+    offer, (token,) = outputs[-1].offer, tokens_of(outputs)
+    prompt = request.prompt_token_ids
+    assert only(outputs, "stats").num_prompt_tokens == num_tokens
+    pulled = await engines.consumer.run(
+        engines.request(prompt_token_ids=prompt, consume=offer, first_token=token)
+    )
+    local = tokens_of(await engines.producer.run(engines.request(prompt_token_ids=prompt)))
+    assert [token, *tokens_of(pulled)] == local and len(local) == 8
+    stats = only(pulled, "stats")
+    assert (stats.num_prompt_tokens, stats.num_computed_tokens) == (num_tokens, 0)
+    assert stats.num_transferred_tokens == num_tokens
+    receipt = only(pulled, "receipt")
+    assert receipt.num_blocks == -(-num_tokens // engines.producer.facts.block_size)
+    assert receipt.received_bytes == receipt.produced_bytes > 0
+    # Without a hand-off the prompt is computed, and goes on the same way.
+    fresh = engines.request(num_tokens, first_token=token)
+    again = await engines.consumer.run(fresh)
+    stats = only(again, "stats")
+    assert (stats.num_prompt_tokens, stats.num_computed_tokens) == (num_tokens, num_tokens)
+    assert len(tokens_of(again)) == 7
+
+
+async def test_what_follows_depends_on_the_first_token(engines: Engines) -> None:
+    prompt = engines.request().prompt_token_ids
+    answers = []
+    for token in (300, 301):
+        request = engines.request(prompt_token_ids=prompt, first_token=token)
+        answers.append(tokens_of(await engines.consumer.run(request)))
+    assert answers[0] != answers[1]
+
+
+async def test_a_first_token_that_ends_the_request_leaves_nothing_held(engines: Engines) -> None:
+    request = engines.producing(sampling={**GREEDY, "max_tokens": 1})
+    (output,) = await engines.producer.run(request)
+    assert (output.finish_reason, output.offer) == (FinishReason.LENGTH, None)
+    assert output.stats is not None and len(output.token_ids) == 1
+    assert await engines.producer.is_idle()
+
+
+async def test_a_stop_token_first_leaves_nothing_held(engines: Engines) -> None:
+    if engines.producer.facts.is_simulated:
+        pytest.skip("the simulated engine stops at nothing")
+    prompt = engines.request().prompt_token_ids
+    first = tokens_of(await engines.producer.run(engines.request(prompt_token_ids=prompt)))[0]
+    sampling = {**GREEDY, "stop_token_ids": [first], "_all_stop_token_ids": [first]}
+    request = engines.producing(prompt_token_ids=prompt, sampling=sampling)
+    (output,) = await engines.producer.run(request)
+    assert (output.finish_reason, output.stop_reason) == (FinishReason.STOP, first)
+    assert (output.token_ids, output.offer) == ((first,), None)
+    # Forbidden for as long as the client wants at least two.
+    request = engines.producing(prompt_token_ids=prompt, sampling={**sampling, "min_tokens": 2})
+    outputs = await engines.producer.run(request)
+    assert tokens_of(outputs) != [first]
+    await engines.producer.engine.release([only(outputs, "offer").handoff_id])
+
+
 async def test_what_is_cached_on_decode_is_not_pulled_again(engines: Engines) -> None:
     request, offer = await engines.produced(600)
     prompt = request.prompt_token_ids

@@ -26,7 +26,7 @@ STAGE_AFTER = {
     "arrived": Stage.QUEUED,
     "placed": Stage.PREFILL,
     "prefilled": Stage.TRANSFER,
-    "first_token": Stage.DECODE,
+    "decoding": Stage.DECODE,
 }
 PROMPTS = [prompt_of(length, seed=500 + length) for length in (40, 300, 700, 1100, 1500, 1800)]
 PARAMETERS = {"max_tokens": 24, "ignore_eos": True, "temperature": 0.0}
@@ -94,7 +94,8 @@ class Client:
             await asyncio.sleep(0.01)
         if sequence["outcome"] != "cancelled":
             return Stage.FINISHED
-        return STAGE_AFTER[sequence["events"][-2]["event"]]
+        events = [entry["event"] for entry in sequence["events"]]
+        return next(STAGE_AFTER[event] for event in reversed(events) if event in STAGE_AFTER)
 
     async def _stream(self, request_id: str, prompt: list[int]) -> list[int]:
         body = {

@@ -65,9 +65,61 @@ def test_greedy_tokens_are_identical_over_tcp(expected: list[list[int]]) -> None
             assert sequence["transport"] in ("tcp", None), sequence
 
 
+def test_greedy_tokens_are_identical_where_decode_samples_the_first(
+    disaggregated: Served, expected: list[list[int]]
+) -> None:
+    """A seed means nothing to greedy sampling, and leaves all of it to decode."""
+    for number in range(0, NUM_PROMPTS, 6):
+        prompt = PROMPTS[number]
+        assert disaggregated.tokens(prompt, seed=1, **GREEDY) == expected[number], len(prompt)
+
+
+def test_the_first_token_comes_from_prefill(disaggregated: Served) -> None:
+    answer = disaggregated.complete(prompt_of(600, seed=11), **GREEDY)
+    (sequence,) = disaggregated.record(answer["headers"]["x-request-id"])["sequences"]
+    events = [stamp["event"] for stamp in sequence["events"]]
+    assert events == ["arrived", "placed", "prefilled", "first_token", "decoding", "finished"]
+    assert sequence["prompt_tokens"]["transferred"] == 600
+    assert sequence["prompt_tokens"]["recomputed"] == 0
+    assert answer["usage"]["prompt_tokens"] == 600
+    assert answer["usage"]["completion_tokens"] == NUM_NEW_TOKENS
+
+
+def test_a_first_token_that_ends_the_request_is_the_same(
+    disaggregated: Served, monolithic: Served
+) -> None:
+    prompt = prompt_of(500, seed=12)
+    first, second = monolithic.tokens(prompt, max_tokens=2, ignore_eos=True)
+    texts = [
+        monolithic.complete(prompt, max_tokens=num, ignore_eos=True)["choices"][0]["text"]
+        for num in (1, 2)
+    ]
+    for parameters, is_handed_over in [
+        ({"max_tokens": 1}, False),
+        ({"stop_token_ids": [first]}, False),
+        ({"stop": [texts[0]]}, False),
+        ({"stop_token_ids": [second]}, True),
+        # Across the first two tokens.
+        ({"stop": [texts[1][len(texts[0]) - 1 :]]}, True),
+        ({"stop_token_ids": [first], "min_tokens": 2}, True),
+    ]:
+        body = {"max_tokens": 8, "ignore_eos": True, **parameters}
+        got, wanted = disaggregated.complete(prompt, **body), monolithic.complete(prompt, **body)
+        for key in ("text", "finish_reason", "stop_reason"):
+            assert got["choices"][0][key] == wanted["choices"][0][key], parameters
+        for key in ("prompt_tokens", "completion_tokens"):
+            assert got["usage"][key] == wanted["usage"][key], parameters
+        (sequence,) = disaggregated.record(got["headers"]["x-request-id"])["sequences"]
+        assert (sequence["prompt_tokens"] is not None) == is_handed_over, parameters
+
+
 def test_decode_computes_at_most_one_prompt_token(disaggregated: Served) -> None:
-    for prompt in (prompt_of(length, 1000 + length) for length in (2, 130, 700, 1500)):
-        answer = disaggregated.complete(prompt, max_tokens=4)
+    lengths = (2, 130, 700, 1500)
+    # Sampled by prefill, and by decode.
+    asked = [(length, more) for length in lengths for more in ({}, {"logprobs": 1})]
+    for length, more in asked:
+        prompt = prompt_of(length, 1000 + length + len(more))
+        answer = disaggregated.complete(prompt, max_tokens=4, **more)
         (sequence,) = disaggregated.record(answer["headers"]["x-request-id"])["sequences"]
         tokens = sequence["prompt_tokens"]
         assert tokens["recomputed"] <= 1, sequence
@@ -102,6 +154,8 @@ def test_logprobs_agree(disaggregated: Served, monolithic: Served) -> None:
         {"temperature": 1.0, "seed": 1234, "max_tokens": 40},
         {"temperature": 0.9, "seed": 5, "top_p": 0.8, "top_k": 40, "max_tokens": 40},
         {"repetition_penalty": 1.3, "max_tokens": 40},
+        {"presence_penalty": 1.5, "frequency_penalty": 0.5, "max_tokens": 40},
+        {"logit_bias": {"300": 100.0}, "max_tokens": 3},
         {"echo": True, "logprobs": 1, "max_tokens": 4},
         {"max_tokens": 1},
     ],

@@ -33,7 +33,8 @@ KV_BYTES = 4096
 class Plan:
     """What becomes of one request: `num_tokens` are sent, and then comes `end`.
 
-    Ends: `finish`, `reject`, `hang`, `abort`, `fail:engine`, `fail:handoff`, `fail:invalid`.
+    Ends: `finish`, `reject`, `hang`, `abort`, `fail:engine`, `fail:handoff`, `fail:invalid`, and
+    of a prompt `stop`: its first token ends the request.
     """
 
     end: str = "finish"
@@ -123,13 +124,17 @@ class FakeWorker:
         elif plan.end.startswith("fail:"):
             kind = plan.end.removeprefix("fail:")
             await self.send(peer, Failed(message.request_id, kind, f"planned {kind} failure"))
+        elif plan.end == "stop":
+            stats = PrefillStats(1, 1, 0, 0)
+            await self.send(peer, Tokens(message.request_id, (0,), FinishReason.STOP, stats=stats))
         elif plan.end != "hang" and isinstance(message, Prefill):
             await self.send(peer, self._prefilled(message))
 
     async def _send_tokens(self, peer: bytes, message: Decode, plan: Plan) -> None:
         ends = {"finish": FinishReason.LENGTH, "abort": FinishReason.ABORT}
         num_sent = plan.num_tokens if plan.end in ("finish", "hang", "fail:late") else 0
-        for index in range(num_sent):
+        begin = 0 if message.first_token is None else message.first_token + 1
+        for index in range(begin, num_sent):
             is_last = index + 1 == num_sent
             await self.send(peer, self._tokens(message, index, ends.get(plan.end), is_last))
             await asyncio.sleep(plan.delay_s)
@@ -141,16 +146,17 @@ class FakeWorker:
     ) -> Tokens:
         num_prompt = len(message.prompt_token_ids)
         is_pulled = message.offer is not None
-        num_computed = 1 if is_pulled else num_prompt
+        begin = 0 if message.first_token is None else message.first_token + 1
+        num_computed = int(begin == 0) if is_pulled else num_prompt
         stats = PrefillStats(num_prompt, num_computed, 0, num_prompt - num_computed)
         receipt = Receipt(1, KV_BYTES, self.produced_bytes, 0.01) if is_pulled else None
         return Tokens(
             message.request_id,
             (index,),
             finish_reason=finish if is_last else None,
-            stats=None if index else stats,
-            receipt=None if index else receipt,
-            num_before=index,
+            stats=None if index > begin else stats,
+            receipt=None if index > begin else receipt,
+            num_before=index - begin,
         )
 
     def _prefilled(self, message: Prefill) -> Prefilled:
@@ -158,7 +164,9 @@ class FakeWorker:
         offer = Offer(
             message.handoff_id, self.worker_id, self.epoch, "f", ("tcp://kv",), num_prompt, 1, 30.0
         )
-        return Prefilled(message.request_id, offer, PrefillStats(num_prompt, num_prompt, 0, 0))
+        stats = PrefillStats(num_prompt, num_prompt, 0, 0)
+        token = None if message.sampling is None else 0
+        return Prefilled(message.request_id, offer, stats, token)
 
     def _snapshot(self) -> WorkerSnapshot:
         return WorkerSnapshot(

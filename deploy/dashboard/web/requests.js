@@ -11,7 +11,7 @@ const STAGE_AFTER = {
   placed: "prefill",
   prefilled: "transfer",
   set_back: "queued",
-  first_token: "decode",
+  decoding: "decode",
 };
 const STAGES = ["queued", "prefill", "transfer", "decode"];
 const GOOD = new Set(["stop", "length", "repetition"]);
@@ -24,14 +24,14 @@ const KINDS = {
 
 /** The stages one after the other; the last one lasts until `now`. */
 function stagesOf(request, now) {
-  const { events } = request;
-  const end = Math.max(events.at(-1).at_s, now - request.arrived_at);
+  const end = Math.max(request.events.at(-1).at_s, now - request.arrived_at);
+  const events = request.events.filter(({ event }) => event !== "first_token");
   return events.flatMap(({ event, at_s: from }, index) => {
     const stage = STAGE_AFTER[event];
     if (stage === undefined) return [];
     const to = events[index + 1]?.at_s ?? end;
     // Without a hand-off the decode worker computes the prompt itself.
-    const isLocal = stage === "prefill" && events[index + 1]?.event === "first_token";
+    const isLocal = stage === "prefill" && events[index + 1]?.event === "decoding";
     return [{ stage, label: isLocal ? "prefill on decode" : stage, from, to }];
   });
 }

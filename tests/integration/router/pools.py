@@ -20,6 +20,7 @@ from tests.waiting import until
 PATIENT_S = 10.0
 # For those that do: well under the 5 s within which a request must have moved on.
 QUICK_S = 0.6
+DECODE_SAMPLES = {"max_tokens": 2, "seed": 1}
 
 
 class Pools:
@@ -92,10 +93,12 @@ class Pools:
         return sum(worker["legs"] for worker in self.status["workers"])
 
     def request(self, num_tokens: int = 100, **fields: Any) -> GenerateRequest:
+        """Return a request all of whose tokens are decode's to sample."""
         name = f"r{self.num_requests}"
         self.num_requests += 1
+        fields.setdefault("sampling", DECODE_SAMPLES)
         prompt = tuple(range(num_tokens))
-        return GenerateRequest(RequestId(name), f"x-{name}", prompt, {"max_tokens": 2}, **fields)
+        return GenerateRequest(RequestId(name), f"x-{name}", prompt, **fields)
 
     async def collect(self, request: GenerateRequest | None = None) -> list[Tokens]:
         """Return everything the flow yields for `request`."""

@@ -23,7 +23,7 @@ from cluster.names import Component, FinishReason, Stage
 from router.flow import GenerateRequest
 from router.records import Outcome, PromptTokens
 from tests.integration.fake_worker import KV_BYTES, Plan
-from tests.integration.router.pools import Pools, causes, placements
+from tests.integration.router.pools import DECODE_SAMPLES, Pools, causes, placements
 from tests.waiting import until
 
 HANG = Plan("hang", 0)
@@ -45,7 +45,7 @@ async def test_a_request_is_prefilled_handed_over_and_decoded() -> None:
         assert isinstance(prefill, Prefill) and isinstance(decode, Decode)
         assert prefill.prompt_token_ids == decode.prompt_token_ids == request.prompt_token_ids
         assert decode.offer is not None and decode.offer.handoff_id == prefill.handoff_id
-        assert decode.sampling == {"max_tokens": 2}
+        assert decode.sampling == DECODE_SAMPLES and prefill.sampling is None
         assert (prefill.cache_salt, prefill.priority) == (decode.cache_salt, decode.priority)
         # The prefill leg is closed when the KV cache has arrived, the decode leg has ended.
         await until(lambda: pools["p0"].cancelled == ["r0.1"])

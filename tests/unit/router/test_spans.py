@@ -28,6 +28,7 @@ def served(outcome: Outcome = Outcome.LENGTH) -> RequestRecord:
     record.timeline.stamp(Event.PREFILLED, 10.75)
     record.prompt_tokens = PromptTokens(transferred=99, recomputed=1)
     record.receipt = Receipt(7, 4096, 4096, 0.125)
+    record.timeline.stamp(Event.DECODING, 11.0)
     record.timeline.record_tokens(1, 11.0)
     record.timeline.stamp(Event.FIRST_TOKEN, 11.0)
     record.timeline.record_tokens(2, 11.2)
@@ -60,7 +61,7 @@ def test_an_attempt_that_failed_has_its_cause() -> None:
     record.timeline.stamp(Event.PREFILLED, 10.2)
     record.record_setback(Cause.HANDOFF_FAILED, "no data", 10.5)
     record.record_placed(LOCAL, 10.5)
-    record.timeline.stamp(Event.FIRST_TOKEN, 11.0)
+    record.timeline.stamp(Event.DECODING, 11.0)
     records.finish(record, Outcome.STOP, None, 12.0)
     root, stages = spans_of(record)
     assert root.error is None and root.attributes["tandem.attempts"] == 2

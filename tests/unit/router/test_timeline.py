@@ -19,6 +19,7 @@ def test_a_request_without_incident() -> None:
     timeline = walk((Event.PLACED, 0.5), (Event.PREFILLED, 2.0))
     for at_s, num_tokens in [(3.0, 1), (3.5, 1), (5.0, 2)]:
         if timeline.record_tokens(num_tokens, 1000.0 + at_s) is None:
+            timeline.stamp(Event.DECODING, 1000.0 + at_s)
             timeline.stamp(Event.FIRST_TOKEN, 1000.0 + at_s)
     timeline.stamp(Event.FINISHED, 1006.0)
     assert timeline.queue_s == 0.5
@@ -29,6 +30,15 @@ def test_a_request_without_incident() -> None:
     assert timeline.max_gap_s == 1.5
     assert timeline.e2e_s == 6.0
     assert timeline.stage is Stage.FINISHED
+
+
+def test_the_handoff_goes_on_after_prefills_first_token() -> None:
+    timeline = walk((Event.PLACED, 0.5), (Event.PREFILLED, 2.0), (Event.FIRST_TOKEN, 2.0))
+    stages = [timeline.stage]
+    timeline.stamp(Event.DECODING, 1003.0)
+    stages.append(timeline.stage)
+    assert stages == [Stage.TRANSFER, Stage.DECODE]
+    assert (timeline.ttft_s, timeline.transfer_s) == (2.0, 1.0)
 
 
 def test_nothing_is_known_before_it_happened() -> None:
@@ -60,6 +70,7 @@ def test_after_a_setback_the_last_attempt_counts_but_the_queue_is_the_first() ->
         (Event.SET_BACK, 5.0),
         (Event.PLACED, 6.0),
         (Event.PREFILLED, 6.5),
+        (Event.DECODING, 7.0),
         (Event.FIRST_TOKEN, 7.0),
     )
     assert (timeline.queue_s, timeline.prefill_s, timeline.transfer_s) == (1.0, 0.5, 0.5)
@@ -72,13 +83,13 @@ def test_a_local_prefill_after_a_failed_handoff_has_no_transfer() -> None:
         (Event.PREFILLED, 2.0),
         (Event.SET_BACK, 5.0),
         (Event.PLACED, 5.0),
-        (Event.FIRST_TOKEN, 7.0),
+        (Event.DECODING, 7.0),
     )
     assert timeline.transfer_s is None and timeline.prefill_s == 1.0
 
 
-def test_every_event_leads_to_a_stage() -> None:
-    assert set(STAGE_AFTER) == set(Event)
+def test_every_other_event_leads_to_a_stage() -> None:
+    assert set(STAGE_AFTER) == set(Event) - {Event.FIRST_TOKEN}
     assert set(STAGE_AFTER.values()) == set(Stage)
 
 
