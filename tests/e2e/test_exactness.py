@@ -94,7 +94,7 @@ def test_a_first_token_that_ends_the_request_is_the_same(
         monolithic.complete(prompt, max_tokens=num, ignore_eos=True)["choices"][0]["text"]
         for num in (1, 2)
     ]
-    for parameters, is_handed_over in [
+    endings: list[tuple[dict[str, Any], bool]] = [
         ({"max_tokens": 1}, False),
         ({"stop_token_ids": [first]}, False),
         ({"stop": [texts[0]]}, False),
@@ -102,7 +102,8 @@ def test_a_first_token_that_ends_the_request_is_the_same(
         # Across the first two tokens.
         ({"stop": [texts[1][len(texts[0]) - 1 :]]}, True),
         ({"stop_token_ids": [first], "min_tokens": 2}, True),
-    ]:
+    ]
+    for parameters, is_handed_over in endings:
         body = {"max_tokens": 8, "ignore_eos": True, **parameters}
         got, wanted = disaggregated.complete(prompt, **body), monolithic.complete(prompt, **body)
         for key in ("text", "finish_reason", "stop_reason"):
