@@ -19,11 +19,14 @@ from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 from cluster.errors import RequestInvalid
 
 _GRAMMAR = "structured_outputs"
+# msgspec leaves out a number that is the default object itself, not one that equals it.
+_DEFAULTS = {field.name: field.default for field in msgspec.structs.fields(SamplingParams)}
 
 
 def sampling_document(sampling: SamplingParams) -> dict[str, object]:
     """Return `sampling` as a document without the fields that have their default."""
-    document = cast(dict[str, object], msgspec.to_builtins(sampling, str_keys=True))
+    fields = cast(dict[str, object], msgspec.to_builtins(sampling, str_keys=True))
+    document = {name: value for name, value in fields.items() if value != _DEFAULTS[name]}
     if document.get(_GRAMMAR) is not None:
         # A JSON schema may nest deeper than the wire lets a document nest; text may not.
         document[_GRAMMAR] = json.dumps(document[_GRAMMAR])

@@ -130,6 +130,12 @@ def test_defaults_are_not_sent() -> None:
     document = sampling_document(SamplingParams(max_tokens=7, ignore_eos=True))
     assert (document["max_tokens"], document["ignore_eos"]) == (7, True)
     assert len(document) < 8
+    # As a client's JSON has them: equal to vLLM's defaults, not the same objects.
+    spelled_out = json.loads('{"presence_penalty": 0.0, "repetition_penalty": 1.0, "top_p": 1.0}')
+    assert sampling_document(SamplingParams(**spelled_out)).keys() == document.keys() - {
+        "max_tokens",
+        "ignore_eos",
+    }
 
 
 def test_schema_may_be_deeper_than_a_document() -> None:
