@@ -192,6 +192,27 @@ class TracingSection(Section):
     )
 
 
+class SecuritySection(Section):
+    """Who may use the endpoint, and how the processes of a deployment know each other."""
+
+    api_keys: str | None = Field(
+        None, description="file of API keys, on every node with a router; default: none are asked"
+    )
+    operator_key: str | None = Field(
+        None, description="file with the admin key that tandem's own commands send"
+    )
+    tls_cert: str | None = Field(
+        None, description="certificate chain (PEM) of the endpoint; default: plain HTTP"
+    )
+    tls_key: str | None = Field(None, description="private key (PEM) of `tls_cert`")
+
+    @model_validator(mode="after")
+    def _tls_takes_both(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key go together: name both or neither")
+        return self
+
+
 class TandemConfig(Section):
     """The whole tree."""
 
@@ -205,6 +226,7 @@ class TandemConfig(Section):
     placement: PlacementSection = PlacementSection()
     autoscaler: AutoscalerSection = AutoscalerSection()
     tracing: TracingSection = TracingSection()
+    security: SecuritySection = SecuritySection()
 
     def pool(self, role: Role) -> PoolSection:
         return self.prefill if role is Role.PREFILL else self.decode

@@ -213,6 +213,12 @@ REJECTIONS = _router.counter(
     "Requests that no placement was found for, by why",
     "cause",
 )
+KEYS_REFUSED = _router.counter(
+    "tandem_keys_refused_total",
+    "requests",
+    "Requests that an API key did not let in: missing, unknown, role (an admin's path), rate (429)",
+    "cause",
+)
 WAITING_REQUESTS = _router.gauge(
     "tandem_waiting_requests", "requests", "Requests in line for a placement at this router"
 )
@@ -307,6 +313,13 @@ KV_FAULTS = _worker.counted_elsewhere(
     "What the KV plane dropped or broke on: chunks late, foreign or damaged, frames malformed,"
     " port errors",
     "kind",
+)
+PEERS_REFUSED = _worker.counted_elsewhere(
+    "tandem_peers_refused_total",
+    "connections",
+    "Connections to this worker that its sockets did not take: key (not one of the deployment's),"
+    " protocol (no CURVE, or meant for another server)",
+    "cause",
 )
 KV_BYTES = _worker.counted_elsewhere(
     "tandem_kv_bytes_total",

@@ -25,6 +25,7 @@ LIVE = (
     "decode.workers",
     "placement.priority",
     "placement.min_units",
+    "security.api_keys",
 )
 _SIZES = ("prefill.workers", "decode.workers")
 _SHOWN_CHARS = 60

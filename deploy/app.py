@@ -23,6 +23,7 @@ from cluster.errors import TandemError, Unavailable
 from cluster.ray_plane import find_controller, start_controller
 from cluster.worker_spec import Parts
 from deploy import signals
+from deploy.access import Access, require_readable
 from deploy.connect import connect
 from deploy.dashboard.pages import dashboard_pages
 from deploy.engines import AUTOSCALER, ENGINES, ROLES
@@ -60,11 +61,14 @@ class Deployment:
         self._owns_serve = False
         self._num_events_said = 0
         self._state: DeploymentState | None = None
-        self.url = f"http://{_reachable(config.router.host)}:{config.router.port}"
+        host_and_port = f"{_reachable(config.router.host)}:{config.router.port}"
+        self.access = Access.of(host_and_port, config.security)
+        self.url = self.access.url
 
     def start(self) -> None:
         """Return once requests are served end to end; raise `TandemError` saying why not."""
         started_at = time.monotonic()
+        require_readable(self._config.security)
         require_free(self._config.router.host, self._config.router.port)
         self._start_ray()
         if self._config.cluster.address is not None:
@@ -108,10 +112,17 @@ class Deployment:
     def _write_state(self, address: str | None) -> None:
         launcher = ProcessId.of(os.getpid())
         assert launcher is not None
-        session = self._session
+        session, access = self._session, self.access
         folder = str(session.temp_dir) if session.temp_dir else None
         self._state = DeploymentState(
-            session.name, session.mark, launcher, self.url, address, folder
+            session.name,
+            session.mark,
+            launcher,
+            access.url,
+            address,
+            folder,
+            access.operator_key,
+            access.certificate,
         )
         self._state.write()
 
@@ -119,8 +130,11 @@ class Deployment:
         """Return a command line that works against this deployment."""
         body = f'{{"model": "{self._config.model.name}", "prompt": "In the beginning", '
         body += '"max_tokens": 32, "temperature": 0}'
-        header = "-H 'content-type: application/json'"
-        return f"curl {self.url}/v1/completions {header} -d '{body}'"
+        header, section = "-H 'content-type: application/json'", self._config.security
+        if section.api_keys is not None:
+            header += f' -H "authorization: Bearer $(cat {section.operator_key or "KEY_FILE"})"'
+        trust = f" --cacert {section.tls_cert}" if section.tls_cert is not None else ""
+        return f"curl {self.url}/v1/completions{trust} {header} -d '{body}'"
 
     def _start_router(
         self, env: dict[str, str], start_controller: Callable[[], Any], bind_host: str | None
@@ -132,7 +146,7 @@ class Deployment:
         self._owns_serve = not serve.status().proxies
         serve.start(
             proxy_location="HeadOnly" if self._config.cluster.address is None else "EveryNode",
-            http_options={"host": router.host, "port": router.port},
+            http_options={"host": router.host, "port": router.port, **self._tls_options()},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
         serve.run_many(
@@ -148,6 +162,13 @@ class Deployment:
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
+
+    def _tls_options(self) -> dict[str, str]:
+        """Return what Serve's own proxy is told; ours gets it from `deploy.haproxy`."""
+        section = self._config.security
+        if section.tls_cert is None or section.tls_key is None or self._session.uses_haproxy:
+            return {}
+        return {"ssl_certfile": section.tls_cert, "ssl_keyfile": section.tls_key}
 
     def _wait_until_serving(self, started_at: float) -> None:
         deadline = started_at + self._config.cluster.start_timeout_s
@@ -172,7 +193,7 @@ class Deployment:
     def _ask_health(self) -> str | None:
         """Return None if the endpoint says that it serves, else what is wrong."""
         try:
-            answer = httpx.get(f"{self.url}/health", timeout=5.0, trust_env=False)
+            answer = self.access.get("/health", 5.0)
         except httpx.HTTPError as error:
             note = "" if self._owns_serve else "; Serve ran there already and keeps its own port"
             return f"{self.url} does not answer: {error}{note}"

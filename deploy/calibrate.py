@@ -23,6 +23,7 @@ from autoscaler.calibration import (
 from autoscaler.ratio import Sizes
 from cluster.config import TandemConfig
 from cluster.errors import ConfigError, TandemError
+from deploy.access import Access
 from deploy.calibration_plot import draw
 from deploy.config_edit import read_document, write_settings
 from deploy.controller_link import (
@@ -82,7 +83,7 @@ def run(config: TandemConfig, plan: CalibrationPlan, say: Callable[[str], None] 
     """Calibrate the running deployment; return 1 if no split holds the objectives."""
     state = running_deployment(config.cluster.name)
     _require_matching_signal(plan.config_out)
-    pressure = _pressure(config, plan, state.url)
+    pressure = _pressure(config, plan, state.access)
     source = PromptSource(FileTokenizer(config.model.path), read_text(), seed=0)
     sweep = Sweep()
 
@@ -100,8 +101,8 @@ def run(config: TandemConfig, plan: CalibrationPlan, say: Callable[[str], None] 
     return _conclude(plan, sweep, say)
 
 
-def _pressure(config: TandemConfig, plan: CalibrationPlan, url: str) -> Pressure:
-    endpoint = discover(url)
+def _pressure(config: TandemConfig, plan: CalibrationPlan, access: Access) -> Pressure:
+    endpoint = discover(access)
     needed, context = plan.input_tokens + plan.output_tokens, endpoint.context_tokens
     if context is not None and needed > context:
         raise ConfigError(f"prompt and output of {needed} tokens exceed the context of {context}")

@@ -16,6 +16,7 @@ from cluster.errors import ConfigError, TandemError
 from deploy import down as cleaning
 from deploy import signals
 from deploy.flags import OneLineParser, add_config_flags, config_from
+from deploy.keys import add_command as add_keys
 from deploy.loadtest.command import add_command as add_loadtest
 from deploy.session import open_session
 
@@ -58,6 +59,7 @@ def build_parser() -> OneLineParser:
         _add_own_flags(name, command)
         add_config_flags(command)
     add_loadtest(commands)
+    add_keys(commands)
     return parser
 
 
@@ -124,7 +126,7 @@ def run_demo(config: TandemConfig, parsed: argparse.Namespace) -> int:
     from deploy.demo import DemoPlan, run
 
     plan = DemoPlan(parsed.requests, parsed.rate_scale)
-    return _with_deployment(config, parsed, lambda deployment: run(config, deployment.url, plan))
+    return _with_deployment(config, parsed, lambda each: run(config, each.access, plan))
 
 
 def run_status(config: TandemConfig, parsed: argparse.Namespace) -> int:

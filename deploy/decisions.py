@@ -13,6 +13,7 @@ from autoscaler.decision import Decision, Input
 from autoscaler.decision_log import canonical_json
 from autoscaler.windows import Missing
 from cluster.errors import TandemError, Unavailable
+from deploy.access import Access
 from deploy.controller_link import running_deployment
 from deploy.state import DeploymentState
 
@@ -71,7 +72,7 @@ def _document_line(document: dict[str, Any]) -> str:
 def _all(state: DeploymentState, view: DecisionsView) -> Iterator[dict[str, Any]]:
     """Yield the decisions the controller still has; older ones are in its decision file."""
     after = view.after
-    while page := _page(state.url, after):
+    while page := _page(state.access, after):
         yield from page
         after = page[-1]["seq"]
 
@@ -81,7 +82,7 @@ def _follow(state: DeploymentState, after: int) -> Iterator[dict[str, Any]]:
     is_silent = False
     while True:
         try:
-            page = _page(state.url, after)
+            page = _page(state.access, after)
         except Unavailable as error:
             if DeploymentState.read(state.name) != state or _has_ended(state):
                 raise TandemError(f"the deployment {state.name!r} is gone") from None
@@ -104,18 +105,16 @@ def _has_ended(state: DeploymentState) -> bool:
     return state.temp_dir is not None and not state.launcher.is_alive
 
 
-def _page(url: str, after: int) -> list[dict[str, Any]]:
+def _page(access: Access, after: int) -> list[dict[str, Any]]:
     try:
         query = {"after": after, "limit": _PAGE}
-        answer = httpx.get(
-            f"{url}/admin/decisions", params=query, timeout=_TIMEOUT_S, trust_env=False
-        )
+        answer = access.get("/admin/decisions", _TIMEOUT_S, query)
         if answer.status_code != 200:
             raise Unavailable(f"HTTP {answer.status_code}: {_reason(answer)}")
         decisions: list[dict[str, Any]] = answer.json()["decisions"]
         return decisions
     except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
-        raise Unavailable(f"{url}/admin/decisions: {error!r}") from None
+        raise Unavailable(f"{access.url}/admin/decisions: {error!r}") from None
 
 
 def _reason(answer: httpx.Response) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from cluster.config import TandemConfig
+from deploy.access import Access
 from deploy.loadtest.command import show
 from deploy.loadtest.endpoint import discover
 from deploy.loadtest.live import watching
@@ -32,22 +33,22 @@ class DemoPlan:
     rate_scale: float
 
 
-def run(config: TandemConfig, url: str, plan: DemoPlan) -> int:
+def run(config: TandemConfig, access: Access, plan: DemoPlan) -> int:
     """Replay, print the report, return the exit status: 1 if anything was lost or wasted."""
-    endpoint = discover(url, config.model.name)
+    endpoint = discover(access, config.model.name)
     context = endpoint.context_tokens
     assert context is not None, "our endpoints say it"
     workload = f"azure:max_output={min(_MAX_OUTPUT, context // 4)}"
     spec = WorkloadSpec(workload, time_scale=plan.rate_scale, num_requests=plan.num_requests)
     sends = build(spec, FileTokenizer(config.model.path), context, Random(0))
-    print(f"dashboard: {url}/dashboard")
+    print(f"dashboard: {access.url}/dashboard")
     print(f"replaying {len(sends)} requests over {sends[-1].at_s:.0f} s", flush=True)
     jobs = prepare(endpoint, sends, None)
     with watching("replay") as watch:
         done = run_load(endpoint, jobs, LoadPlan(timeout_s=_REQUEST_TIMEOUT_S), watch)
     if done.state == "interrupted":
         raise Interrupted
-    routed = _routed(url, done.records)
+    routed = _routed(access, done.records)
     show(rows(done.records, routed, done.duration_s))
     wrong = faults(done.records, routed)
     for line in wrong:
@@ -55,18 +56,17 @@ def run(config: TandemConfig, url: str, plan: DemoPlan) -> int:
     return 1 if wrong else 0
 
 
-def _routed(url: str, records: Sequence[RequestRecord]) -> dict[int, dict[str, Any]]:
+def _routed(access: Access, records: Sequence[RequestRecord]) -> dict[int, dict[str, Any]]:
     """Return the router's own records of the requests, by index; those it has none of are left
     out."""
     routed = {}
-    with httpx.Client(base_url=url, timeout=_REQUEST_TIMEOUT_S, trust_env=False) as client:
-        for record in records:
-            if record.id is None:
-                continue
-            try:
-                answer = client.get(f"/admin/requests/{record.id}")
-                if answer.status_code == 200:
-                    routed[record.index] = answer.json()
-            except (httpx.HTTPError, ValueError):
-                continue
+    for record in records:
+        if record.id is None:
+            continue
+        try:
+            answer = access.get(f"/admin/requests/{record.id}", _REQUEST_TIMEOUT_S)
+            if answer.status_code == 200:
+                routed[record.index] = answer.json()
+        except (httpx.HTTPError, ValueError):
+            continue
     return routed

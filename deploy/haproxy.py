@@ -3,8 +3,9 @@
 Serve starts whatever `RAY_SERVE_HAPROXY_BINARY_PATH` names, with the configuration it rendered;
 this module is that program. It takes out what cannot be switched off there: the metrics and
 statistics listeners, which bind every interface at fixed ports, and the permission of all
-users to administer the proxy. Then it becomes HAProxy, keeping its process id, which Serve
-checks, and dies with the actor that started it.
+users to administer the proxy; and has the endpoint speak TLS, which Serve cannot ask of HAProxy.
+Then it becomes HAProxy, keeping its process id, which Serve checks, and dies with the actor that
+started it.
 """
 
 import ctypes
@@ -16,19 +17,28 @@ import sys
 from pathlib import Path
 
 _UNWANTED = (["frontend", "prometheus"], ["listen", "stats"])
+_ENDPOINT = "http_frontend"
+# One file with chain and key, beside HAProxy's configuration.
+CERTIFICATE = "endpoint.pem"
+_TLS = "ssl crt {path} alpn http/1.1 ssl-min-ver TLSv1.2"
 _ADMIN_SOCKET = re.compile(r"^(\s*stats socket \S+) mode 666\b")
 _PR_SET_PDEATHSIG = 1
 
 
-def own_listeners(configuration: str) -> str:
-    """Return the configuration without its extra listeners, the admin socket for us alone."""
+def own_listeners(configuration: str, certificate: Path | None = None) -> str:
+    """Return the configuration without its extra listeners, the admin socket for us alone, and
+    the endpoint over TLS if there is a certificate."""
     kept: list[str] = []
-    is_wanted = True
+    section: list[str] = []
     for line in configuration.splitlines():
+        words = line.split()
         if line and not line[0].isspace():
-            is_wanted = line.split()[:2] not in _UNWANTED
-        if is_wanted:
-            kept.append(_ADMIN_SOCKET.sub(r"\1 mode 600", line))
+            section = words[:2]
+        if section in _UNWANTED:
+            continue
+        if certificate is not None and section[1:] == [_ENDPOINT] and words[:1] == ["bind"]:
+            line = f"{line} {_TLS.format(path=certificate)}"
+        kept.append(_ADMIN_SOCKET.sub(r"\1 mode 600", line))
     return "\n".join(kept) + "\n"
 
 
@@ -57,7 +67,9 @@ def _binary() -> Path:
 def main() -> None:
     arguments = sys.argv[1:]
     path = Path(arguments[arguments.index("-f") + 1])
-    path.write_text(own_listeners(path.read_text()))
+    certificate = path.with_name(CERTIFICATE)
+    text = own_listeners(path.read_text(), certificate if certificate.exists() else None)
+    path.write_text(text)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     binary = _binary()
     os.execv(binary, [str(binary), *arguments])

@@ -13,10 +13,11 @@ from typing import Any
 
 import ray
 
-from cluster.config import TandemConfig
+from cluster.config import SecuritySection, TandemConfig
 from cluster.errors import Unavailable
 from cluster.ray_plane import NAMESPACE
 from deploy import haproxy
+from deploy.private_file import write_private
 from deploy.session import Session
 
 # Objects never carry requests or KV caches; Ray refuses less than about 75 MB.
@@ -36,6 +37,7 @@ def start_local_ray(config: TandemConfig, session: Session, temp_dir: Path, verb
     if session.uses_haproxy:
         (temp_dir / "haproxy").mkdir(mode=0o700)
         haproxy.write_launcher(temp_dir / "haproxy" / "launch")
+        _write_certificate(config.security, temp_dir / "haproxy" / haproxy.CERTIFICATE)
     try:
         context: Any = ray.init(
             address="local",
@@ -51,6 +53,13 @@ def start_local_ray(config: TandemConfig, session: Session, temp_dir: Path, verb
         # Ray raises bare `Exception`s, for example where the machine is too busy.
         raise Unavailable(f"Ray did not start: {error}") from error
     return str(context.address_info["address"])
+
+
+def _write_certificate(section: SecuritySection, path: Path) -> None:
+    """Put chain and key where HAProxy reads them, if the endpoint is to have them."""
+    if section.tls_cert is not None and section.tls_key is not None:
+        parts = (Path(section.tls_cert).read_text(), Path(section.tls_key).read_text())
+        write_private(path, "\n".join(parts))
 
 
 def _num_cpus(config: TandemConfig) -> int:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from deploy.access import Access
 from deploy.processes import ProcessId
 
 DEFAULT_FOLDER = Path.home() / ".cache" / "tandem"
@@ -15,6 +16,7 @@ class DeploymentState:
     """One deployment: its launcher, its mark, and where its Ray cluster is.
 
     `temp_dir` is None for a cluster that was there before; nothing of it is removed then.
+    `operator_key` and `certificate` are files, not what is in them.
     """
 
     name: str
@@ -23,6 +25,12 @@ class DeploymentState:
     url: str
     ray_address: str | None
     temp_dir: str | None
+    operator_key: str | None = None
+    certificate: str | None = None
+
+    @property
+    def access(self) -> Access:
+        return Access(self.url, self.operator_key, self.certificate)
 
     def write(self, folder: Path = DEFAULT_FOLDER) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)

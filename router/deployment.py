@@ -11,6 +11,7 @@ import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from random import Random
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ from cluster.metrics import READY_LINKS, WAITING_REQUESTS
 from cluster.names import Component, Role, RouterId
 from cluster.reconfigure import InForce, differences, refusal
 from cluster.snapshot import WorkerEntry
+from cluster.watched_file import WatchedFile
+from router.api_keys import ApiKeys, parse_api_keys
 from router.exchange import REQUEST_ID_HEADER, AsgiApp, Message, Receive, Scope, Send
 from router.flow import Flow
 from router.measures import Objectives
@@ -177,7 +180,12 @@ class RouterReplica:
             self._view.history,
         )
         surface = build_surface(
-            {config.model.name: frontend}, operations, self._latest_record, config.router, pages
+            {config.model.name: frontend},
+            operations,
+            self._latest_record,
+            config.router,
+            pages,
+            _keys_in_force(config),
         )
         self._surface = WithoutRequestId(surface)
         self._exporter = Exporter(Component.ROUTER, bind_host or ray.util.get_node_ip_address())
@@ -254,6 +262,12 @@ class RouterReplica:
             }
             for record in self._records.latest(num)
         ]
+
+
+def _keys_in_force(config: TandemConfig) -> Callable[[], ApiKeys] | None:
+    """Return what reads the API keys, None if there is no file of them."""
+    path = config.security.api_keys
+    return WatchedFile(Path(path), parse_api_keys).read if path is not None else None
 
 
 def _open_traces(config: TandemConfig, router_id: str) -> "Traces | None":

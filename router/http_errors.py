@@ -44,6 +44,8 @@ class HttpFailure:
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return the headers that go with the body, its length excepted."""
         headers = [(b"content-type", b"application/json")]
+        if self.status is HTTPStatus.UNAUTHORIZED:
+            headers.append((b"www-authenticate", b"Bearer"))
         if self.retry_after_s is not None:
             seconds = max(1, math.ceil(self.retry_after_s))
             headers.append((b"retry-after", b"%d" % seconds))

@@ -15,8 +15,10 @@ from cluster.config import RouterSection
 from cluster.errors import TandemError
 from cluster.exporter import exported
 from cluster.names import Component
+from router.api_keys import ApiKeys
 from router.dispatch import ModelDispatch
 from router.exchange import AsgiApp, ExchangeLayer, Placed, Receive, Scope, Send
+from router.gate import KeyGate
 from router.http_errors import HttpFailure, failure_of
 from router.pages import Pages, page_routes
 
@@ -70,9 +72,15 @@ def build_surface(
     record_of: Callable[[str], Placed | None],
     config: RouterSection,
     pages: Pages,
+    keys: Callable[[], ApiKeys] | None = None,
 ) -> ExchangeLayer:
-    """Return the whole HTTP endpoint over one front-end per model name."""
-    surface = Surface(ModelDispatch(frontends), operator_app(operations, pages))
+    """Return the whole HTTP endpoint over one front-end per model name.
+
+    `keys` returns the API keys in force; without it nobody needs one.
+    """
+    surface: AsgiApp = Surface(ModelDispatch(frontends), operator_app(operations, pages))
+    if keys is not None:
+        surface = KeyGate(surface, keys, SERVED_PATHS, pages, config.replicas)
     return ExchangeLayer(surface, record_of, config.max_body_bytes)
 
 

@@ -53,9 +53,8 @@ def _add_endpoint(command: argparse.ArgumentParser) -> None:
     group.add_argument("--context", type=_count, metavar="TOKENS", help="if it does not say so")
     group.add_argument("--api", choices=("completions", "chat"), default="completions")
     group.add_argument("--header", action="append", default=[], type=_header, metavar="NAME:VALUE")
-    group.add_argument(
-        "--api-key-file", type=Path, metavar="FILE", help="its text goes out as bearer token"
-    )
+    group.add_argument("--api-key-file", metavar="FILE", help="its text goes out as bearer token")
+    group.add_argument("--cacert", metavar="FILE", help="the endpoint's own certificate (PEM)")
     group.add_argument(
         "--body",
         type=_mapping,
@@ -231,10 +230,7 @@ def _site(parsed: argparse.Namespace) -> Any:
     from deploy.loadtest.endpoint import discover
     from deploy.loadtest.prompts import FileTokenizer
 
-    headers = dict(parsed.header)
-    if parsed.api_key_file is not None:
-        headers["authorization"] = f"Bearer {_key(parsed.api_key_file)}"
-    endpoint = discover(parsed.url or _url_of(parsed.name), parsed.model, headers)
+    endpoint = discover(_access(parsed), parsed.model)
     endpoint = replace(endpoint, api=parsed.api, extra=parsed.body)
     context = parsed.context or endpoint.context_tokens
     if context is None:
@@ -243,20 +239,18 @@ def _site(parsed: argparse.Namespace) -> Any:
     return Site(endpoint, FileTokenizer(tokenizer), context)
 
 
-def _url_of(name: str) -> str:
+def _access(parsed: argparse.Namespace) -> Any:
+    from deploy.access import Access
     from deploy.state import DeploymentState
 
-    state = DeploymentState.read(name)
+    if parsed.url is not None:
+        return Access(parsed.url, parsed.api_key_file, parsed.cacert, dict(parsed.header))
+    state = DeploymentState.read(parsed.name)
     if state is None:
-        raise Unavailable(f"no deployment {name!r} runs here: start one, or give --url")
-    return state.url
-
-
-def _key(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise Unavailable(f"no deployment {parsed.name!r} runs here: start one, or give --url")
+    key = parsed.api_key_file or state.operator_key
+    certificate = parsed.cacert or state.certificate
+    return Access(state.url, key, certificate, dict(parsed.header))
 
 
 def _question(parsed: argparse.Namespace, url: str) -> Any:

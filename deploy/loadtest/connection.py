@@ -13,6 +13,8 @@ from typing import Protocol, cast
 
 import httptools
 
+from deploy.access import trust_in
+
 # A server may close an idle connection while a request is on its way to it; its end then comes
 # at once. Later ones were given up with a request in hand, and are not sent again.
 _STALE_S = 0.1
@@ -23,11 +25,17 @@ _SPARE = 4
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where an endpoint listens."""
+    """Where an endpoint listens, and the file of its certificate if that is pinned."""
 
     host: str
     port: int
     is_tls: bool = False
+    certificate: str | None = None
+
+    def tls(self) -> ssl.SSLContext | None:
+        if not self.is_tls:
+            return None
+        return trust_in(self.certificate) if self.certificate else ssl.create_default_context()
 
 
 class Answer(Protocol):
@@ -133,7 +141,7 @@ class ConnectionPool:
 
     def __init__(self, address: Address) -> None:
         self._address = address
-        self._tls = ssl.create_default_context() if address.is_tls else None
+        self._tls = address.tls()
         self._idle: list[Connection] = []
         self._all: set[Connection] = set()
         self._carriers: dict[Answer, Connection | asyncio.Task[None]] = {}

@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import httpx
 
 from cluster.errors import ConfigError, Unavailable
+from deploy.access import Access
 from deploy.loadtest.connection import Address
 from deploy.loadtest.prompts import text_of
 from deploy.loadtest.words import Send, Tokenizer
@@ -24,7 +25,7 @@ class Endpoint:
     """An OpenAI-compatible endpoint and one of its models.
 
     `tokenizer` is where it says the model comes from; `extra` are fields laid over every
-    request's body, None removes one.
+    request's body, None removes one; `certificate` is the file of its own, if it is pinned.
     """
 
     url: str
@@ -34,13 +35,15 @@ class Endpoint:
     api: Api = "completions"
     headers: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
+    certificate: str | None = None
 
     @property
     def address(self) -> Address:
         parts = urlsplit(self.url)
         is_tls = parts.scheme == "https"
         assert parts.hostname is not None
-        return Address(parts.hostname, parts.port or (443 if is_tls else 80), is_tls)
+        port = parts.port or (443 if is_tls else 80)
+        return Address(parts.hostname, port, is_tls, self.certificate)
 
     def post(self, send: Send, tokenizer: Tokenizer | None) -> bytes:
         """Return a whole HTTP request that streams the completion of `send`.
@@ -85,17 +88,13 @@ class Endpoint:
         return f"{verb} {prefix}{path} HTTP/1.1\r\n{lines}\r\n".encode() + body
 
 
-def discover(
-    url: str,
-    model: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Endpoint:
+def discover(access: Access, model: str | None = None) -> Endpoint:
     """Return the endpoint with its model, the only or first one if none is named.
 
     Raise `Unavailable` if nobody answers there, `ConfigError` for an address that is none.
     """
-    url = normalised(url)
-    document = _models(url, headers or {})
+    url = normalised(access.url)
+    document = _models(replace(access, url=url))
     try:
         served = {str(each["id"]): each for each in document["data"]}
         name = model or next(iter(served))
@@ -111,7 +110,8 @@ def discover(
         name,
         int(context) if context is not None else None,
         str(root) if root is not None else None,
-        headers=headers or {},
+        headers=access.headers(),
+        certificate=access.certificate,
     )
 
 
@@ -128,11 +128,8 @@ def normalised(url: str) -> str:
     return url
 
 
-def _models(url: str, headers: Mapping[str, str]) -> Any:
+def _models(access: Access) -> Any:
     try:
-        response = httpx.get(
-            f"{url}/v1/models", headers=dict(headers), timeout=_TIMEOUT_S, trust_env=False
-        )
-        return response.raise_for_status().json()
+        return access.get("/v1/models", _TIMEOUT_S).raise_for_status().json()
     except (httpx.HTTPError, ValueError) as error:
-        raise Unavailable(f"{url}/v1/models: {error}") from None
+        raise Unavailable(f"{access.url}/v1/models: {error}") from None

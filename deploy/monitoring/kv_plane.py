@@ -215,6 +215,12 @@ _REFUSALS = Row(
             (Query(rate("tandem_malformed_frames_total", "plane"), "{{plane}}"),),
             unit="ops",
         ),
+        Panel(
+            "Peers refused, by cause",
+            "Connections to a socket of ours by somebody without a key of the deployment.",
+            (Query(rate("tandem_peers_refused_total", "cause"), "{{cause}}"),),
+            unit="ops",
+        ),
     ),
 )
 

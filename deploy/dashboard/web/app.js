@@ -6,6 +6,7 @@ import { Decisions } from "./decisions.js";
 import { byId, choices } from "./dom.js";
 import { Drawer } from "./drawer.js";
 import { Figures, showDeployment } from "./figures.js";
+import { KeyForm } from "./key.js";
 import { Link } from "./link.js";
 import { Pools } from "./pools.js";
 import { Requests } from "./requests.js";
@@ -52,6 +53,10 @@ const link = new Link({
   decisions: (records, isNew) => parts.decisions.add(records, isNew),
   requests: (requests) => parts.requests.add(requests),
   wantsRequests: () => parts.requests.isWanted,
-  trouble: (trouble) => parts.banner.tell(trouble),
+  trouble: (trouble) => {
+    keyForm.tell(trouble);
+    parts.banner.tell(trouble);
+  },
 });
+const keyForm = new KeyForm(() => link.wake());
 link.wake();

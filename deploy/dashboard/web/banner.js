@@ -2,6 +2,7 @@
 
 import { byId, say } from "./dom.js";
 import { clock, span } from "./format.js";
+import { Locked } from "./key.js";
 import { Away } from "./link.js";
 
 const NEWS_MS = 8000;
@@ -22,6 +23,10 @@ export class Banner {
       this.since = null;
       byId("banner").hidden = true;
       say(byId("footer"), `Live: read at ${clock(now)}.`);
+      return;
+    }
+    if (trouble instanceof Locked) {
+      byId("banner").hidden = true;
       return;
     }
     this.since ??= this.goodAt ?? now;

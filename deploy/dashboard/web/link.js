@@ -1,5 +1,7 @@
 // What the page asks of its own endpoint, once a second while somebody looks.
 
+import { keyHeaders, Locked } from "./key.js";
+
 const TIMEOUT_MS = 5000;
 const PERIOD_MS = 1000;
 const FIRST_DECISIONS = 300;
@@ -14,6 +16,7 @@ async function ask(path) {
   const answer = await fetch(path, {
     cache: "no-store",
     credentials: "same-origin",
+    headers: keyHeaders(),
     signal: AbortSignal.timeout(TIMEOUT_MS),
   });
   if (answer.ok) return answer.json();
@@ -22,6 +25,9 @@ async function ask(path) {
     message = (await answer.json()).error.message;
   } catch {
     // Not the router's words but those of a proxy before it.
+  }
+  if (answer.status === 401 || answer.status === 403) {
+    throw new Locked(message ?? `HTTP ${answer.status}`);
   }
   if (message === null) throw new Error(`HTTP ${answer.status}`);
   throw new Away(String(message));
@@ -64,6 +70,8 @@ export class Link {
     this.isAsking = false;
     const failed = results.find((result) => result.status === "rejected");
     this.sink.trouble(failed === undefined ? null : failed.reason);
+    // Nobody is asked again until somebody has given a key.
+    if (failed !== undefined && failed.reason instanceof Locked) return;
     this.round += 1;
     const rest = Math.max(100, PERIOD_MS - (performance.now() - beganAt));
     if (!document.hidden) this.timer = setTimeout(() => this.turn(), rest);

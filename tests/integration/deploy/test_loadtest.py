@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from cluster.config import BUNDLED_MODEL
+from deploy.access import Access
 from deploy.cli import main
 from deploy.loadtest.client import Client
 from deploy.loadtest.endpoint import Endpoint, discover
@@ -124,7 +125,7 @@ def test_chat_and_closed_loop_and_conversations(tmp_path: Path) -> None:
             Send(0.0, (1, 2), 4, session="a"),
             Send(0.0, (1, 2, 3), 4, session="a", turn=1, think_s=0.05),
         ]
-        endpoint = discover(url)
+        endpoint = discover(Access(url))
         jobs = jobs_of(endpoint, sends)
         asyncio.run(load(endpoint, jobs, LoadPlan(), ignore, asyncio.Event()))
     first, second = (job.record for job in jobs)

@@ -316,7 +316,7 @@ def pages(monkeypatch: pytest.MonkeyPatch, answers: list[httpx.Response | Except
     """Let the endpoint give these answers; return the list of what was asked for."""
     asked: list[int] = []
 
-    def get(url: str, params: dict[str, int], timeout: float, trust_env: bool) -> httpx.Response:
+    def get(url: str, params: dict[str, int], **_: object) -> httpx.Response:
         asked.append(params["after"])
         answer = answers.pop(0)
         if isinstance(answer, Exception):

@@ -1,6 +1,7 @@
 """Which app answers which path, and what the operator's routes say."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import httpx
@@ -9,6 +10,7 @@ import pytest
 from cluster import metrics
 from cluster.config import RouterSection
 from cluster.errors import Unavailable
+from router.api_keys import ApiKeys
 from router.dispatch import ModelDispatch
 from router.exchange import AsgiApp, Receive, Scope, Send
 from router.pages import Page
@@ -69,9 +71,13 @@ def frontend(name: str) -> AsgiApp:
     return app
 
 
-def endpoint(*names: str, operations: Operations = OPERATIONS) -> httpx.AsyncClient:
+def endpoint(
+    *names: str,
+    operations: Operations = OPERATIONS,
+    keys: Callable[[], ApiKeys] | None = None,
+) -> httpx.AsyncClient:
     frontends = {name: frontend(name) for name in names}
-    app = build_surface(frontends, operations, lambda _: None, RouterSection(), PAGES)
+    app = build_surface(frontends, operations, lambda _: None, RouterSection(), PAGES, keys)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://tandem")
 
 
