@@ -205,11 +205,23 @@ class SecuritySection(Section):
         None, description="certificate chain (PEM) of the endpoint; default: plain HTTP"
     )
     tls_key: str | None = Field(None, description="private key (PEM) of `tls_cert`")
+    curve: bool = Field(
+        True, description="encrypt the sockets between processes and admit members only (CURVE)"
+    )
+    curve_keys: str | None = Field(
+        None,
+        description="file of CURVE keys, on every node; default: made here, handed on through Ray",
+    )
+    key_overlap_s: Seconds = Field(
+        300.0, description="CURVE keys made here: old ones are accepted this long after a change"
+    )
 
     @model_validator(mode="after")
-    def _tls_takes_both(self) -> Self:
+    def _settings_fit(self) -> Self:
         if (self.tls_cert is None) != (self.tls_key is None):
             raise ValueError("tls_cert and tls_key go together: name both or neither")
+        if self.curve_keys is not None and not self.curve:
+            raise ValueError("curve_keys are named but curve is off: switch it on or drop them")
         return self
 
 

@@ -254,6 +254,7 @@ class Controller:
             while not self._is_stopping:
                 self._heed_clock()
                 self._workforce.drop_silent()
+                await self._workforce.renew_links()
                 if scaling.done():
                     scaling.result()
                 async with self._saving:

@@ -8,8 +8,10 @@ from typing import Any, Protocol, Self
 from cluster.load import WorkerLoad
 from cluster.names import Role, WorkerId
 from cluster.request_plane import WorkerLink
+from cluster.ring_file import KeySource
 from cluster.service import PlacedWorker, Tenure
 from cluster.snapshot import WorkerEntry
+from cluster.sockets import plain_address
 from cluster.worker_spec import Seat, WorkerSpec
 from cluster.worker_state import ObservedWorker, Pair, Trouble, WorkerState
 
@@ -38,7 +40,10 @@ class WorkerHandle(Protocol):
 
 
 class Launcher(Protocol):
-    """How the controller gets at processes of workers."""
+    """How the controller gets at processes of workers, and by which keys it knows them."""
+
+    @property
+    def keys(self) -> KeySource | None: ...
 
     def launch(self, worker_id: WorkerId, role: Role, node_id: str | None) -> WorkerHandle:
         """Ask for a new process, on a node if one is given; it may take its time."""
@@ -133,7 +138,7 @@ class Member:
             "node": self.seat.node if self.seat else None,
             "pid": self.seat.pid if self.seat else None,
             "cpus": list(self.cpus),
-            "endpoint": self.entry.endpoint if self.entry else None,
+            "endpoint": plain_address(self.entry.endpoint) if self.entry else None,
             "start_s": self.start_s,
             "num_running": snapshot.num_running if snapshot else None,
             "num_free_blocks": snapshot.num_free_blocks if snapshot else None,

@@ -318,7 +318,7 @@ PEERS_REFUSED = _worker.counted_elsewhere(
     "tandem_peers_refused_total",
     "connections",
     "Connections to this worker that its sockets did not take: key (not one of the deployment's),"
-    " protocol (no CURVE, or meant for another server)",
+    " protocol (no CURVE, meant for another server, or ended in the handshake)",
     "cause",
 )
 KV_BYTES = _worker.counted_elsewhere(

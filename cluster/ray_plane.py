@@ -20,13 +20,17 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.config import TandemConfig
 from cluster.controller import Controller
 from cluster.controller_store import ControllerStore
-from cluster.errors import Fenced
+from cluster.errors import Fenced, Unavailable
 from cluster.exporter import Exporter
+from cluster.handout import Handout
+from cluster.key_office import KeyOffice
+from cluster.keyring import Keyring
 from cluster.load import RouterLoad
 from cluster.names import Component, Role, WorkerId
 from cluster.placer import SharedPlacer, bundle_of, worker_name
 from cluster.ray_store import RayStore
 from cluster.reconfigure import InForce
+from cluster.ring_file import key_source
 from cluster.service import Counts, RoleNeed, pool_need, service_of
 from cluster.snapshot import WorkerEntry
 from cluster.targets import Address
@@ -64,9 +68,10 @@ class RayWorker:
     """A worker's process as a detached actor in a placement group of its own; fills
     `members.WorkerHandle`."""
 
-    def __init__(self, actor: Any, group: PlacementGroup | None) -> None:
+    def __init__(self, actor: Any, group: PlacementGroup | None, handout: Handout) -> None:
         self._actor = actor
         self._group = group
+        self._handout = handout
 
     async def seat(self) -> Seat:
         seat: Seat = await self._actor.seat.remote()
@@ -74,10 +79,13 @@ class RayWorker:
 
     async def adopt(self, controller_epoch: int) -> WorkerEntry | None:
         entry: WorkerEntry | None = await self._actor.adopt.remote(controller_epoch)
+        if entry is not None:
+            await self._handout.include(self._actor)
         return entry
 
     async def start(self, spec: WorkerSpec, controller_epoch: int) -> WorkerEntry:
-        entry: WorkerEntry = await self._actor.start.remote(spec, controller_epoch)
+        ring = self._handout.ring_for(self._actor)
+        entry: WorkerEntry = await self._actor.start.remote(spec, controller_epoch, ring)
         return entry
 
     async def wait(self) -> None:
@@ -95,9 +103,14 @@ class RayWorker:
 class RayLauncher:
     """Launches worker actors, each in a placement group of one bundle, and finds them again."""
 
-    def __init__(self, config: TandemConfig, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, config: TandemConfig, env: Mapping[str, str], office: KeyOffice | None = None
+    ) -> None:
         self._config = config
         self._env = dict(env)
+        self._handout = Handout(office)
+        self.keys = office.read if office else key_source(config.security.curve_keys)
+        self.hand_out = self._handout.hand_out
 
     def launch(self, worker_id: WorkerId, role: Role, node_id: str | None) -> RayWorker:
         pool = self._config.pool(role)
@@ -122,7 +135,7 @@ class RayLauncher:
             )
             .remote()
         )
-        return RayWorker(actor, group)
+        return RayWorker(actor, group, self._handout)
 
     def attach(self, worker_id: WorkerId) -> RayWorker | None:
         name = self._name(worker_id)
@@ -134,7 +147,7 @@ class RayLauncher:
             if group is not None:
                 remove_placement_group(group)
             return None
-        return RayWorker(actor, group)
+        return RayWorker(actor, group, self._handout)
 
     def _name(self, worker_id: WorkerId) -> str:
         return worker_name(self._config.cluster.name, worker_id)
@@ -184,7 +197,9 @@ class ControllerActor:
         # What an earlier controller went by holds: its workers were made for that.
         in_force = InForce.from_document(store.load("config")) or InForce(config)
         config = in_force.config
-        launcher = RayLauncher(config, env)
+        self._office = _office_of(config, store)
+        launcher = RayLauncher(config, env, self._office)
+        self._hand_out = launcher.hand_out
         service = service_of(config, Counts(*config.autoscaler.ratio_pair))
         placer = SharedPlacer(service, values, RayInventory())
         self._controller = Controller(
@@ -206,6 +221,8 @@ class ControllerActor:
         office = asyncio.create_task(self._controller.in_office())
         await asyncio.wait([self._loop, office], return_when=asyncio.FIRST_COMPLETED)
         office.cancel()
+        if self._office is not None:
+            self._office.resume(self._hand_out)
         if self._controller.is_fenced:
             raise Fenced("a later controller has taken over")
 
@@ -232,7 +249,19 @@ class ControllerActor:
         self._controller.record(RouterLoad.from_document(load), target)
         version = await self._controller.wait_for_change(known_version, FOLLOW_S)
         workers = [entry.as_document() for entry in self._controller.workers()]
-        return {"version": version, "workers": workers, "health": self._controller.health()}
+        answer = {"version": version, "workers": workers, "health": self._controller.health()}
+        return answer | ({"key": self._office.read().used.name} if self._office else {})
+
+    async def keys(self) -> Keyring | None:
+        """Return the CURVE keys that members connect with, None if they have none from here."""
+        return self._office.read() if self._office is not None else None
+
+    async def rotate_keys(self) -> None:
+        """Begin to replace the CURVE keys that were made here."""
+        await self.run()
+        if self._office is None:
+            raise Unavailable("this deployment's CURVE keys, if it has any, are in files of yours")
+        self._office.rotate(self._hand_out)
 
     async def status(self) -> dict[str, Any]:
         await self.run()
@@ -285,10 +314,19 @@ class ControllerActor:
     async def drain_and_stop(self) -> None:
         with suppress(Fenced):
             await self.run()  # after a restart nothing has been taken over yet
+        if self._office is not None:
+            self._office.close()  # what it wrote down later would outlive the deployment
         await self._controller.drain_and_stop()
         if self._loop is not None:
             await asyncio.gather(self._loop, return_exceptions=True)
         await asyncio.to_thread(self._exporter.close)
+
+
+def _office_of(config: TandemConfig, store: ControllerStore) -> KeyOffice | None:
+    """Return who makes the CURVE keys, None where an operator does or there are none."""
+    section = config.security
+    is_ours = section.curve and section.curve_keys is None
+    return KeyOffice(store, section.key_overlap_s) if is_ours else None
 
 
 def _app_exists(name: str) -> bool:

@@ -11,7 +11,6 @@ from types import TracebackType
 from typing import Self
 
 import zmq
-import zmq.asyncio
 
 from cluster.errors import HandoffFailed, TandemError, WorkerLost
 from cluster.messages import (
@@ -30,6 +29,7 @@ from cluster.messages import (
 )
 from cluster.metrics import MALFORMED_FRAMES
 from cluster.names import RequestId, RouterId, WorkerId
+from cluster.sockets import Sockets
 from cluster.wire import MAX_FRAME_BYTES, WireError
 
 # Often enough that a snapshot shows within a second what a cancelled request has freed.
@@ -54,15 +54,11 @@ def _decode_all(frames: Sequence[bytes], plane: str) -> list[object]:
 class WorkerSocket:
     """The worker's end: one bound ROUTER; peers are named by their ZeroMQ identity."""
 
-    def __init__(self, context: zmq.asyncio.Context, host: str) -> None:
-        self._socket = context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    def __init__(self, sockets: Sockets, host: str) -> None:
+        self._socket = sockets.open(zmq.ROUTER, MAX_FRAME_BYTES)
         # A router that restarts under its old identity must take its connection over.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        port = self._socket.bind_to_random_port(f"tcp://{host}")
-        self.endpoint = f"tcp://{host}:{port}"
+        self.endpoint = sockets.listen(self._socket, host)
         # Shown as 0 from the start: the first one is to be seen as an increase.
         MALFORMED_FRAMES.labels("request")
 
@@ -169,7 +165,7 @@ class WorkerLink:
 
     def __init__(
         self,
-        context: zmq.asyncio.Context,
+        sockets: Sockets,
         router_id: RouterId,
         worker_id: WorkerId,
         endpoint: str,
@@ -189,12 +185,12 @@ class WorkerLink:
         self._on_change = on_change
         self._heard_s = asyncio.get_running_loop().time()
         self._legs: dict[RequestId, Leg] = {}
-        self._socket = context.socket(zmq.DEALER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-        self._socket.setsockopt(zmq.IDENTITY, router_id.encode())
-        self._socket.connect(endpoint)
+        self._sockets = sockets
+        # Which key it was made under; links under two keys are two peers to the worker.
+        self.key = sockets.key
+        self._socket = sockets.open(zmq.DEALER, MAX_FRAME_BYTES)
+        self._socket.setsockopt(zmq.IDENTITY, f"{router_id}{self.key}".encode())
+        sockets.connect(self._socket, endpoint)
         self._tasks = [
             asyncio.create_task(self._receive_all()),
             asyncio.create_task(self._heartbeat()),
@@ -204,6 +200,17 @@ class WorkerLink:
     def __repr__(self) -> str:
         state = "lost" if self.is_lost else "up"
         return f"<WorkerLink {self.worker_id} {state} legs={len(self._legs)}>"
+
+    def renewed(self) -> "WorkerLink":
+        """Return another link to the same worker, under the key in use by now."""
+        return WorkerLink(
+            self._sockets,
+            self._router_id,
+            self.worker_id,
+            self.endpoint,
+            self._timeout_s,
+            self._on_change,
+        )
 
     @property
     def num_legs(self) -> int:

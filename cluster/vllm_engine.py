@@ -73,13 +73,15 @@ _CORE_VARIABLES = ("GOMP_CPU_AFFINITY", "KMP_AFFINITY", "OMP_PLACES")
 
 @dataclass(frozen=True, slots=True)
 class VllmEngineSettings:
-    """What one engine is built from; `words` spells hand-offs the connector's way."""
+    """What one engine is built from; `words` spells hand-offs the connector's way, `keys` is the
+    file with the deployment's CURVE keys."""
 
     worker_id: WorkerId
     model: ModelSection
     handoff: HandoffSection
     cpus: tuple[int, ...]
     words: HandoffWords
+    keys: str | None = None
 
 
 def set_process_environment(settings: VllmEngineSettings) -> None:
@@ -199,6 +201,7 @@ class VllmEngine:
                 "epoch": self._epoch,
                 "control_endpoint": self._control_endpoint,
                 "handoff": self._settings.handoff.model_dump(),
+                "keys": self._settings.keys,
             },
         }
 

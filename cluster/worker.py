@@ -31,8 +31,10 @@ from cluster.messages import (
 from cluster.metrics import BUSY_SECONDS
 from cluster.names import Component, RequestId, Role
 from cluster.request_plane import WorkerSocket
+from cluster.ring_file import key_source
 from cluster.roles import Ending, WorkerRole
 from cluster.snapshot import WorkerEntry
+from cluster.sockets import Sockets
 from cluster.stages import without_times
 from cluster.worker_metrics import WorkerMetrics
 from cluster.worker_spec import WorkerSpec, load
@@ -98,7 +100,9 @@ class Worker:
     async def start(self) -> WorkerEntry:
         """Start the engine and listen; raise what made the engine fail."""
         self._facts: EngineFacts = await self._engine.start()
-        self._socket = WorkerSocket(zmq.asyncio.Context.instance(), self._spec.bind_host)
+        self._context = zmq.asyncio.Context()
+        self._sockets = Sockets(self._context, key_source(self._spec.keys))
+        self._socket = WorkerSocket(self._sockets, self._spec.bind_host)
         # Not before the engine is up: its processes may be forked from this one.
         self._exporter = Exporter(Component.WORKER, self._spec.bind_host)
         return WorkerEntry(
@@ -128,6 +132,11 @@ class Worker:
             self._socket.close()
             await self._engine.stop()
             await asyncio.to_thread(self._exporter.close)
+            await asyncio.to_thread(self._close_sockets)
+
+    def _close_sockets(self) -> None:
+        self._sockets.close()
+        self._context.term()
 
     async def stop(self) -> None:
         """End `run`: open requests fail, the engine's processes end."""
@@ -225,7 +234,7 @@ class Worker:
     def _snapshot(self, load: EngineLoad) -> WorkerSnapshot:
         now = time.monotonic()
         self._work.set_busy(bool(self._owners), now)
-        self._metrics.show(load, len(self._owners), now)
+        self._metrics.show(load, len(self._owners), now, self._sockets.refused)
         return WorkerSnapshot(
             worker_id=self._spec.worker_id,
             role=self._role_name,

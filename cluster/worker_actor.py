@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import ray
@@ -16,7 +17,9 @@ from ray.util.placement_group import remove_placement_group
 from cluster.config import ClusterSection
 from cluster.controller_store import ControllerStore
 from cluster.errors import Fenced
+from cluster.keyring import Keyring
 from cluster.ray_store import RayStore
+from cluster.ring_file import RingFile
 from cluster.shared_memory import track_apart
 from cluster.snapshot import WorkerEntry
 from cluster.worker import Worker
@@ -42,6 +45,7 @@ class WorkerActor:
         self._watching: asyncio.Task[None] | None = None
         self._is_up = asyncio.Event()
         self._controller_epoch = 0
+        self._ring_file: RingFile | None = None
 
     def _obey(self, controller_epoch: int) -> None:
         """Raise `Fenced` for an order of a controller that a later one has followed."""
@@ -65,9 +69,17 @@ class WorkerActor:
         await self._is_up.wait()
         return self._entry
 
-    async def start(self, spec: WorkerSpec, controller_epoch: int) -> WorkerEntry:
-        """Start the worker and serve; raise what made it fail."""
+    async def start(
+        self, spec: WorkerSpec, controller_epoch: int, ring: Keyring | None = None
+    ) -> WorkerEntry:
+        """Start the worker and serve; raise what made it fail.
+
+        `ring` are the keys that it gets from the controller and not from a file.
+        """
         self._obey(controller_epoch)
+        if ring is not None:
+            self._ring_file = RingFile(ring)
+            spec = replace(spec, keys=self._ring_file.path)
         self._is_up.clear()
         if spec.config.model.engine == "simulated":
             self._worker = Worker(spec)
@@ -83,6 +95,11 @@ class WorkerActor:
         self._running = asyncio.create_task(self._run(self._worker))
         self._watching = asyncio.create_task(self._outlive(spec.config.cluster))
         return self._entry
+
+    async def take_keys(self, ring: Keyring) -> None:
+        """Go by other keys from now on: the worker's processes look at them every second."""
+        if self._ring_file is not None:
+            self._ring_file.replace(ring)
 
     async def _run(self, worker: Worker | WorkerProcess) -> None:
         """Serve until stopped. A worker whose engine died leaves nothing behind: the process

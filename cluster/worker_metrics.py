@@ -21,6 +21,7 @@ _BY_PREFIX = {
     "pulls_": (metrics.PULLS, ("loaded", "failed")),
     "refused_": (metrics.READS_REFUSED, _READS_REFUSED),
     "bytes_": (metrics.KV_BYTES, ("sent", "received")),
+    "peers_": (metrics.PEERS_REFUSED, ("key", "protocol")),
     "via_": (metrics.KV_TRANSPORT_BYTES, ("shm", "tcp")),
 }
 _SUBMISSIONS_REFUSED = ("duplicate", "leaving", "role", "invalid")
@@ -62,8 +63,11 @@ class WorkerMetrics:
     def refuse(self, cause: str) -> None:
         metrics.SUBMISSIONS_REFUSED.labels(cause).inc()
 
-    def show(self, load: EngineLoad, num_requests: int, now: float) -> None:
-        """Export the load; `now` is monotonic, `num_requests` those open for routers."""
+    def show(
+        self, load: EngineLoad, num_requests: int, now: float, refused: Mapping[str, int]
+    ) -> None:
+        """Export the load; `now` is monotonic, `num_requests` those open for routers, `refused`
+        the peers that the worker's own socket did not take."""
         # Block 0 of every engine is never given out.
         num_usable = max(0, load.num_blocks - 1)
         in_use = (num_requests, load.num_running, load.num_waiting, load.num_held_handoffs)
@@ -76,7 +80,7 @@ class WorkerMetrics:
         metrics.OPEN_REQUESTS.set(num_requests)
         self._running.set(load.num_running)
         self._waiting.set(load.num_waiting)
-        self._show_kv_plane(load.counts)
+        self._show_kv_plane(Counter(load.counts) + Counter(refused))
 
     def _show_kv_plane(self, counts: Mapping[str, int]) -> None:
         for prefix, (metric, known) in _BY_PREFIX.items():

@@ -34,7 +34,10 @@ class Seat:
 
 @dataclass(frozen=True, slots=True)
 class WorkerSpec:
-    """One worker: who it is, what it is built of, and which cores it may use."""
+    """One worker: who it is, what it is built of, and which cores it may use.
+
+    `keys` is a file with the deployment's CURVE keys; without it sockets are plain.
+    """
 
     worker_id: WorkerId
     role: Role
@@ -43,6 +46,16 @@ class WorkerSpec:
     config: TandemConfig
     cpus: tuple[int, ...]
     bind_host: str
+    keys: str | None = None
+
+
+def listening_on(config: TandemConfig, host: str) -> TandemConfig:
+    """Return `config` with the KV plane on `host`, unless the operator chose an address."""
+    if "bind_host" in config.handoff.model_fields_set:
+        return config
+    return config.model_copy(
+        update={"handoff": config.handoff.model_copy(update={"bind_host": host})}
+    )
 
 
 def load(path: str) -> Any:

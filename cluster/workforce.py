@@ -16,6 +16,7 @@ import zmq.asyncio
 from cluster.config import TandemConfig
 from cluster.cores import choose_cores
 from cluster.errors import Fenced, HandoffFailed, summarise
+from cluster.link_renewal import LinkRenewal
 from cluster.load import WorkerLoad
 from cluster.members import History, Launcher, Member
 from cluster.messages import ChangeRole
@@ -24,8 +25,9 @@ from cluster.names import Role, RouterId, WorkerId
 from cluster.request_plane import WorkerLink
 from cluster.service import PlacedWorker
 from cluster.snapshot import WorkerEntry
+from cluster.sockets import Sockets
 from cluster.warmup import prove_handoff, warmup_prompt
-from cluster.worker_spec import Parts, Seat, WorkerSpec
+from cluster.worker_spec import Parts, Seat, WorkerSpec, listening_on
 from cluster.worker_state import (
     PROVISIONED,
     Observed,
@@ -76,6 +78,8 @@ class Workforce:
         self._node_values: Mapping[str, int] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._context = zmq.asyncio.Context()
+        self._sockets = Sockets(self._context, launcher.keys)
+        self._renewal = LinkRenewal(self._sockets)
 
     # What others see.
 
@@ -228,7 +232,7 @@ class Workforce:
         assert member.seat is not None
         member.entry = replace(entry, node=member.seat.node)
         member.link = WorkerLink(
-            self._context,
+            self._sockets,
             RouterId(f"{self._config.cluster.name}-controller-{self._epoch}"),
             member.worker_id,
             entry.endpoint,
@@ -248,9 +252,10 @@ class Workforce:
             member.role,
             self._parts.engine,
             self._parts.roles,
-            _listening_on(self._config, host),
+            listening_on(self._config, host),
             member.cpus,
             host,
+            self._config.security.curve_keys,
         )
 
     # Once it is up.
@@ -357,6 +362,12 @@ class Workforce:
             elif member.state is WorkerState.FLIPPING:
                 self._tell_role(member)
 
+    async def renew_links(self) -> None:
+        """Have the links go by the keys in use."""
+        for member in self._members.values():
+            member.link = member.link and self._renewal.turn(member.link)
+        await self._renewal.close_drained()
+
     def _fail(self, member: Member, reason: str) -> None:
         self._note(f"{member.worker_id} failed: {reason}")
         WORKER_FAILURES.labels(member.role.value).inc()
@@ -389,7 +400,7 @@ class Workforce:
             return
         self._history.forget(member.worker_id)
         if member.link is not None:
-            await member.link.close()
+            await self._renewal.end(member.link)
 
     async def stop_all(self) -> None:
         for member in self._members.values():
@@ -405,6 +416,7 @@ class Workforce:
         for member in self._members.values():
             if member.link is not None:
                 await member.link.close()
+        await self._renewal.close()
         self._members.clear()
         self._context.destroy(linger=0)
 
@@ -419,15 +431,6 @@ class Workforce:
         self._on_change()
         if not task.cancelled() and (error := task.exception()):
             logger.error("controller task failed", exc_info=error)
-
-
-def _listening_on(config: TandemConfig, host: str) -> TandemConfig:
-    """Return `config` with the KV plane on `host`, unless the operator chose an address."""
-    if "bind_host" in config.handoff.model_fields_set:
-        return config
-    return config.model_copy(
-        update={"handoff": config.handoff.model_copy(update={"bind_host": host})}
-    )
 
 
 def _is_new(member: Member) -> bool:

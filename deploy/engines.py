@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from cluster.config import ModelSection
 from cluster.engine import Engine
 from cluster.names import Role
+from cluster.ring_file import key_source
 from cluster.worker_spec import WorkerSpec
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ def vllm_engine(spec: WorkerSpec) -> Engine:
             handoff=spec.config.handoff,
             cpus=spec.cpus,
             words=protocol,
+            keys=spec.keys,
         )
     )
 
@@ -60,7 +62,8 @@ def simulated_engine(spec: WorkerSpec) -> Engine:
     model = _simulated_model(config.model)
     group = GroupLayout(model.block_size, (config.simulated.block_bytes,))
     layout = BlockLayout((group,), {"model": model.name, "engine": "simulated"})
-    port = HostHandoffPort(layout, config.simulated.num_blocks, config.handoff, epoch)
+    keys = key_source(spec.keys)
+    port = HostHandoffPort(layout, config.simulated.num_blocks, config.handoff, epoch, keys)
     return SimulatedEngine(
         spec.worker_id, model, config.simulated, config.handoff.lease_s, port, epoch
     )

@@ -18,8 +18,6 @@ from pathlib import Path
 
 _UNWANTED = (["frontend", "prometheus"], ["listen", "stats"])
 _ENDPOINT = "http_frontend"
-# One file with chain and key, beside HAProxy's configuration.
-CERTIFICATE = "endpoint.pem"
 _TLS = "ssl crt {path} alpn http/1.1 ssl-min-ver TLSv1.2"
 _ADMIN_SOCKET = re.compile(r"^(\s*stats socket \S+) mode 666\b")
 _PR_SET_PDEATHSIG = 1
@@ -50,9 +48,13 @@ def is_available() -> bool:
         return False
 
 
-def write_launcher(path: Path) -> None:
-    """Write the executable that Serve is told to start instead of HAProxy."""
-    path.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m deploy.haproxy "$@"\n')
+def write_launcher(path: Path, certificate: Path | None = None) -> None:
+    """Write the executable that Serve is told to start instead of HAProxy.
+
+    `certificate` is one file with the endpoint's chain and key.
+    """
+    command = f'"{sys.executable}" -m deploy.haproxy "{certificate or ""}"'
+    path.write_text(f'#!/bin/sh\nexec {command} "$@"\n')
     path.chmod(0o700)
 
 
@@ -65,10 +67,9 @@ def _binary() -> Path:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
+    certificate, *arguments = sys.argv[1:]
     path = Path(arguments[arguments.index("-f") + 1])
-    certificate = path.with_name(CERTIFICATE)
-    text = own_listeners(path.read_text(), certificate if certificate.exists() else None)
+    text = own_listeners(path.read_text(), Path(certificate) if certificate else None)
     path.write_text(text)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     binary = _binary()

@@ -20,6 +20,7 @@ from deploy import haproxy
 from deploy.private_file import write_private
 from deploy.session import Session
 
+LOOPBACK = "127.0.0.1"
 # Objects never carry requests or KV caches; Ray refuses less than about 75 MB.
 _OBJECT_STORE_BYTES = 100 << 20
 
@@ -36,8 +37,8 @@ def start_local_ray(config: TandemConfig, session: Session, temp_dir: Path, verb
     ray_dir = temp_dir / "r"
     if session.uses_haproxy:
         (temp_dir / "haproxy").mkdir(mode=0o700)
-        haproxy.write_launcher(temp_dir / "haproxy" / "launch")
-        _write_certificate(config.security, temp_dir / "haproxy" / haproxy.CERTIFICATE)
+        certificate = _write_certificate(config.security, temp_dir / "haproxy" / "endpoint.pem")
+        haproxy.write_launcher(temp_dir / "haproxy" / "launch", certificate)
     try:
         context: Any = ray.init(
             address="local",
@@ -47,6 +48,8 @@ def start_local_ray(config: TandemConfig, session: Session, temp_dir: Path, verb
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=verbose,
             logging_level=logging.INFO if verbose else logging.ERROR,
+            # With this address Ray's own servers listen on it, with any other one on all.
+            _node_ip_address=LOOPBACK,
             _temp_dir=str(ray_dir),
         )
     except Exception as error:
@@ -55,11 +58,13 @@ def start_local_ray(config: TandemConfig, session: Session, temp_dir: Path, verb
     return str(context.address_info["address"])
 
 
-def _write_certificate(section: SecuritySection, path: Path) -> None:
-    """Put chain and key where HAProxy reads them, if the endpoint is to have them."""
-    if section.tls_cert is not None and section.tls_key is not None:
-        parts = (Path(section.tls_cert).read_text(), Path(section.tls_key).read_text())
-        write_private(path, "\n".join(parts))
+def _write_certificate(section: SecuritySection, path: Path) -> Path | None:
+    """Put chain and key into one file for HAProxy, if the endpoint is to have them."""
+    if section.tls_cert is None or section.tls_key is None:
+        return None
+    parts = (Path(section.tls_cert).read_text(), Path(section.tls_key).read_text())
+    write_private(path, "\n".join(parts))
+    return path
 
 
 def _num_cpus(config: TandemConfig) -> int:

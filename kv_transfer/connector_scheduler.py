@@ -4,6 +4,7 @@ Runs in the `EngineCore` process. Everything but the control socket runs on the 
 thread.
 """
 
+import os
 import threading
 from collections import deque
 from collections.abc import Mapping
@@ -183,6 +184,8 @@ class SchedulerHalf:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REP)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVTIMEO, 500)
+        # Abstract sockets have no owner: the kernel says whose process connects.
+        socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
         socket.bind(self._settings.control_endpoint)
         while not self._is_closing:
             try:

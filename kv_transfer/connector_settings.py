@@ -19,12 +19,14 @@ from kv_transfer.producer import Hold
 
 @dataclass(frozen=True, slots=True)
 class ConnectorSettings:
-    """`kv_connector_extra_config`, typed. `epoch` names this life of the engine."""
+    """`kv_connector_extra_config`, typed. `epoch` names this life of the engine, `keys` the file
+    with the deployment's CURVE keys."""
 
     worker_id: WorkerId
     epoch: int
     control_endpoint: str
     handoff: HandoffSection
+    keys: str | None
 
     @classmethod
     def from_extra_config(cls, extra: Mapping[str, Any]) -> "ConnectorSettings":

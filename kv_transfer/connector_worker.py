@@ -7,6 +7,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransfe
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
 from cluster.process_guard import die_with_parent, end_quickly
+from cluster.ring_file import key_source
 from cluster.vllm_cpu import claim_amx_tiles, make_seeded_prompts_chunkable
 from kv_transfer.array_blocks import ArrayBlockStore, Bytes
 from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddress, WorkerReport
@@ -77,7 +78,9 @@ class WorkerHalf:
             sizes = tuple(row.shape[1] for row in rows)
             groups.append(GroupLayout(group.kv_cache_spec.block_size, sizes))
         store = ArrayBlockStore(BlockLayout(tuple(groups), self._identity()), regions)
-        self._port = HandoffPort(store, self._settings.handoff, self._settings.epoch, self._rank)
+        settings = self._settings
+        keys = key_source(settings.keys)
+        self._port = HandoffPort(store, settings.handoff, settings.epoch, self._rank, keys=keys)
         self._fingerprint = store.layout.fingerprint
 
     def _identity(self) -> dict[str, str | int]:

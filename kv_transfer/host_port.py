@@ -6,6 +6,7 @@ from cluster.config import HandoffSection
 from cluster.engine import EndedPull
 from cluster.messages import Offer
 from cluster.names import HandoffId
+from cluster.ring_file import KeySource
 from kv_transfer.blocks import HostBlockStore
 from kv_transfer.consumer import Pull
 from kv_transfer.layout import BlockLayout
@@ -17,10 +18,15 @@ class HostHandoffPort:
     """One group of blocks in host memory behind a `HandoffPort`."""
 
     def __init__(
-        self, layout: BlockLayout, num_blocks: int, section: HandoffSection, epoch: int
+        self,
+        layout: BlockLayout,
+        num_blocks: int,
+        section: HandoffSection,
+        epoch: int,
+        keys: KeySource | None = None,
     ) -> None:
         self._store = HostBlockStore(layout, num_blocks)
-        self._port = HandoffPort(self._store, section, epoch)
+        self._port = HandoffPort(self._store, section, epoch, keys=keys)
         self.endpoints: tuple[str, ...] = (self._port.endpoint,)
         self.fingerprint = layout.fingerprint
 

@@ -19,6 +19,8 @@ from cluster.config import HandoffSection
 from cluster.engine import EndedPull
 from cluster.messages import Offer
 from cluster.names import HandoffId
+from cluster.ring_file import KeySource
+from cluster.sockets import Sockets
 from cluster.wire import WireError
 from kv_transfer import faults
 from kv_transfer.blocks import BlockStore
@@ -51,8 +53,8 @@ _MAX_REQUEST_BYTES = 64 << 10
 logger = logging.getLogger(__name__)
 
 Entry = TypeVar("Entry")
-# An endpoint and the epoch of whoever is expected there.
-Peer = tuple[str, int]
+# An endpoint, the epoch of whoever is expected there, and the key that we connect with.
+Peer = tuple[str, int, str]
 
 
 class HandoffPort:
@@ -65,11 +67,12 @@ class HandoffPort:
         epoch: int,
         rank: int = 0,
         transports: Mapping[Via, Transport] | None = None,
+        keys: KeySource | None = None,
     ) -> None:
         self._context = zmq.Context(io_threads=section.tcp_connections)
-        self._listener = self._socket(zmq.ROUTER, _MAX_REQUEST_BYTES)
-        port = self._listener.bind_to_random_port(f"tcp://{section.bind_host}")
-        self.endpoint = f"tcp://{section.bind_host}:{port}"
+        self._sockets = Sockets(self._context, keys)
+        self._listener = self._sockets.open(zmq.ROUTER, _MAX_REQUEST_BYTES)
+        self.endpoint = self._sockets.listen(self._listener, section.bind_host)
         self._transports = transports or transports_of(section, arena_shape(section, store))
         parcels = Parcels(self._transports, section.stall_timeout_s)
         self.producer = Producer(
@@ -138,7 +141,7 @@ class HandoffPort:
         Each counter is copied in one step: the port's thread adds to it meanwhile.
         """
         totals = Counter(dict(self.counts))
-        for counts in (self.producer.counts, self.consumer.counts):
+        for counts in (self.producer.counts, self.consumer.counts, self._sockets.refused):
             totals.update(dict(counts))
         return dict(totals)
 
@@ -169,6 +172,7 @@ class HandoffPort:
         for peer in list(self._links):
             self._close_link(peer)
         self._listener.close()
+        self._sockets.close()
         for transport in self._transports.values():
             transport.close()
 
@@ -245,7 +249,8 @@ class HandoffPort:
 
     def _send(self, orders: Iterable[Order]) -> None:
         for order in orders:
-            peer = order.endpoint, order.message.epoch
+            # Under another key there is another link; this one's ends when it is idle.
+            peer = order.endpoint, order.message.epoch, self._sockets.key
             link = self._links.get(peer)
             if link is None:
                 open_lane = functools.partial(self._open_lane, peer)
@@ -254,9 +259,9 @@ class HandoffPort:
             link.send(order.message, time.monotonic())
 
     def _open_lane(self, peer: Peer) -> zmq.Socket[bytes]:
-        lane = self._socket(zmq.DEALER, MAX_FRAME_BYTES)
+        lane: zmq.Socket[bytes] = self._sockets.open(zmq.DEALER, MAX_FRAME_BYTES)
         try:
-            lane.connect(peer[0])
+            self._sockets.connect(lane, peer[0])
         except zmq.ZMQError:
             lane.close()
             raise
@@ -270,13 +275,6 @@ class HandoffPort:
             self._poller.unregister(lane)
             del self._lanes[lane]
         link.close()
-
-    def _socket(self, kind: int, max_bytes: int) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.SNDHWM, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
-        return socket
 
 
 def _drain(queue: "deque[Entry]") -> list[Entry]:

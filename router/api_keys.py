@@ -83,7 +83,7 @@ def parse_api_keys(content: bytes) -> ApiKeys:
     try:
         # The C loader, where there is one: routers read the file again while they serve.
         document = yaml.load(content, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         raise ConfigError("not YAML") from None
     try:
         return ApiKeys(_Document.model_validate(document).keys)

@@ -23,11 +23,14 @@ from ray import serve
 from cluster.config import TandemConfig
 from cluster.errors import Unavailable, summarise
 from cluster.exporter import Exporter
+from cluster.keyring import Keyring
 from cluster.load import RouterLoad
 from cluster.metrics import READY_LINKS, WAITING_REQUESTS
 from cluster.names import Component, Role, RouterId
 from cluster.reconfigure import InForce, differences, refusal
+from cluster.ring_file import KeySource, key_source
 from cluster.snapshot import WorkerEntry
+from cluster.sockets import Sockets
 from cluster.watched_file import WatchedFile
 from router.api_keys import ApiKeys, parse_api_keys
 from router.exchange import REQUEST_ID_HEADER, AsgiApp, Message, Receive, Scope, Send
@@ -62,8 +65,14 @@ class ControllerView:
         self._deployed = deployed
         self._controller: Any = None
         self._version = 0
+        self._ring: Keyring | None = None
         self.health: tuple[bool, str] | None = None
         self.running = deployed.config
+
+    def ring(self) -> Keyring:
+        """Return the CURVE keys that the controller made; they come before the first worker."""
+        assert self._ring is not None
+        return self._ring
 
     async def settle(self) -> TandemConfig:
         """Return the configuration in force: ours if the controller does not answer for long."""
@@ -84,6 +93,8 @@ class ControllerView:
             async with asyncio.timeout(_ANSWER_TIMEOUT_S):
                 controller = await self.controller()
                 answer = await controller.follow.remote(load.as_document(), self._version, **where)
+                if answer.get("key") not in (None, self._ring and self._ring.used.name):
+                    self._ring = await controller.keys.remote()
                 self.health, self._version = answer["health"], answer["version"]
                 return [WorkerEntry.from_document(document) for document in answer["workers"]]
         except (TimeoutError, KeyError, TypeError, ValueError, ray.exceptions.RayError) as error:
@@ -157,7 +168,8 @@ class RouterReplica:
         self._context = zmq.asyncio.Context()
         self._router_id = RouterId(f"{config.cluster.name}-router-{uuid.uuid4().hex[:8]}")
         timeout_s = config.router.worker_timeout_s
-        self._membership = Membership(self._context, self._router_id, timeout_s)
+        sockets = Sockets(self._context, _sockets_keys(config, self._view))
+        self._membership = Membership(sockets, self._router_id, timeout_s)
         self._traces = _open_traces(config, self._router_id)
         objectives = Objectives(config.autoscaler.slo_ttft_s, config.autoscaler.slo_tbt_s)
         self._flow = Flow(
@@ -262,6 +274,13 @@ class RouterReplica:
             }
             for record in self._records.latest(num)
         ]
+
+
+def _sockets_keys(config: TandemConfig, view: ControllerView) -> KeySource | None:
+    """Return where the CURVE keys come from: a file, or the controller; None without them."""
+    if not config.security.curve:
+        return None
+    return key_source(config.security.curve_keys) or view.ring
 
 
 def _keys_in_force(config: TandemConfig) -> Callable[[], ApiKeys] | None:

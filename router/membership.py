@@ -7,12 +7,12 @@ listed takes nothing more, but its link stays until its last leg has ended: it m
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-import zmq.asyncio
-
 from cluster.errors import WorkerLost
+from cluster.link_renewal import LinkRenewal
 from cluster.names import Role, RouterId, WorkerId
 from cluster.request_plane import WorkerLink
 from cluster.snapshot import ReadyWorker, WorkerEntry
+from cluster.sockets import Sockets
 
 
 @dataclass(slots=True)
@@ -54,9 +54,10 @@ class _Member:
 class Membership:
     """One router's links by worker id."""
 
-    def __init__(self, context: zmq.asyncio.Context, router_id: RouterId, timeout_s: float) -> None:
+    def __init__(self, sockets: Sockets, router_id: RouterId, timeout_s: float) -> None:
         self.router_id = router_id
-        self._context = context
+        self._sockets = sockets
+        self._renewal = LinkRenewal(sockets)
         self._timeout_s = timeout_s
         self._members: dict[WorkerId, _Member] = {}
         self._leaving: dict[WorkerId, _Member] = {}
@@ -80,6 +81,8 @@ class Membership:
         for worker_id in self._members.keys() - listed.keys():
             self._leaving[worker_id] = self._members.pop(worker_id)
         over = [self._adopt(entry) for entry in listed.values()]
+        for known in self._members.values():
+            known.link = self._renewal.turn(known.link)
         over += [
             self._leaving.pop(worker_id)
             for worker_id, member in list(self._leaving.items())
@@ -88,7 +91,8 @@ class Membership:
         self._notify()
         for member in over:
             if member is not None:
-                await member.link.close()
+                await self._renewal.end(member.link)
+        await self._renewal.close_drained()
 
     def ready(self, role: Role) -> list[WorkerLink]:
         """Return the links of the workers in `role` that answer."""
@@ -127,6 +131,7 @@ class Membership:
         self._notify()
         for member in members:
             await member.link.close()
+        await self._renewal.close()
 
     def _adopt(self, entry: WorkerEntry) -> _Member | None:
         """Make `entry` a member; return the one that it replaces, if any."""
@@ -136,7 +141,7 @@ class Membership:
             self._members[entry.worker_id] = known
             return None
         link = WorkerLink(
-            self._context,
+            self._sockets,
             self.router_id,
             entry.worker_id,
             entry.endpoint,

@@ -15,6 +15,7 @@ import zmq.asyncio
 from cluster.messages import WorkerSnapshot
 from cluster.names import RouterId, WorkerId
 from cluster.request_plane import WorkerLink
+from cluster.sockets import Sockets
 from tests.prompts import prompt_of
 from tests.served import Served, tandem, tandem_status, wait_until
 
@@ -29,9 +30,9 @@ REPLACED_WITHIN_S = 240.0
 
 @pytest.fixture(scope="module")
 def deployment() -> Iterator[Served]:
-    with tandem(
-        NAME, model__dtype="float32", model__chunk_tokens=256, model__kv_cache_gib=0.5
-    ) as served:
+    flags: dict[str, Any] = {"model__dtype": "float32", "model__chunk_tokens": 256}
+    # The test asks workers itself, and has no keys.
+    with tandem(NAME, **flags, model__kv_cache_gib=0.5, security__curve=False) as served:
         yield served
 
 
@@ -119,7 +120,7 @@ async def snapshot_of(worker: dict[str, Any], wanted: Callable[[WorkerSnapshot],
     """Ask a worker itself until its answer is as `wanted`; return after how many seconds."""
     began = time.monotonic()
     link = WorkerLink(
-        zmq.asyncio.Context.instance(),
+        Sockets(zmq.asyncio.Context.instance()),
         RouterId("test-observer"),
         WorkerId(worker["worker_id"]),
         worker["endpoint"],

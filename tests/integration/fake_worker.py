@@ -4,8 +4,6 @@ import asyncio
 from collections import deque
 from dataclasses import dataclass, field
 
-import zmq.asyncio
-
 from cluster.messages import (
     Cancel,
     Decode,
@@ -25,6 +23,7 @@ from cluster.messages import (
 from cluster.names import FinishReason, RequestId, Role, WorkerId
 from cluster.request_plane import WorkerSocket
 from cluster.snapshot import WorkerEntry
+from cluster.sockets import Sockets
 
 KV_BYTES = 4096
 
@@ -46,7 +45,7 @@ class Plan:
 class FakeWorker:
     """`plans` are used up in order, then `default` is; `gate` holds up every answer."""
 
-    context: zmq.asyncio.Context
+    sockets: Sockets
     worker_id: WorkerId
     role: Role
     epoch: int = 1
@@ -59,7 +58,7 @@ class FakeWorker:
     num_heartbeats: int = 0
 
     def __post_init__(self) -> None:
-        self.socket = WorkerSocket(self.context, "127.0.0.1")
+        self.socket = WorkerSocket(self.sockets, "127.0.0.1")
         self.gate = asyncio.Event()
         self.gate.set()
         self._awake = asyncio.Event()

@@ -8,6 +8,7 @@ from typing import Any
 from cluster.engine import Engine, EngineRequest
 from cluster.errors import Fenced
 from cluster.names import Role, WorkerId
+from cluster.ring_file import KeySource
 from cluster.snapshot import WorkerEntry
 from cluster.worker import Worker
 from cluster.worker_spec import Seat, WorkerSpec
@@ -124,6 +125,7 @@ class Host:
     errors: list[Exception] = field(default_factory=list)
     start_s: float = 0.0
     launched: dict[WorkerId, LocalWorker] = field(default_factory=dict)
+    keys: KeySource | None = None
 
     def launch(self, worker_id: WorkerId, role: Role, node_id: str | None) -> LocalWorker:
         error = self.errors.pop(0) if self.errors else None

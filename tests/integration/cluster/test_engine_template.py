@@ -20,6 +20,7 @@ from cluster.messages import Decode, Tokens
 from cluster.names import RequestId, Role, RouterId, WorkerId
 from cluster.request_plane import WorkerLink
 from cluster.snapshot import WorkerEntry
+from cluster.sockets import Sockets
 from cluster.worker_process import WorkerProcess
 from cluster.worker_spec import WorkerSpec
 from deploy.engines import ENGINES, ROLES
@@ -76,7 +77,9 @@ async def stop(process: WorkerProcess) -> None:
 async def answer(entry: WorkerEntry, num_prompt_tokens: int) -> list[int]:
     """Return the tokens the worker makes of a prompt that it prefills itself."""
     context: Any = zmq.asyncio.Context()
-    link = WorkerLink(context, RouterId("r"), entry.worker_id, entry.endpoint, timeout_s=30.0)
+    link = WorkerLink(
+        Sockets(context), RouterId("r"), entry.worker_id, entry.endpoint, timeout_s=30.0
+    )
     prompt = tuple(range(300, 300 + num_prompt_tokens))
     sampling = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
     token_ids: list[int] = []

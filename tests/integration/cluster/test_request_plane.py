@@ -22,6 +22,7 @@ from cluster.names import (
     WorkerId,
 )
 from cluster.request_plane import Leg, WorkerLink
+from cluster.sockets import Sockets
 from tests.integration.fake_worker import FakeWorker, Plan
 from tests.waiting import until
 
@@ -53,9 +54,9 @@ class Pair:
 
     def __init__(self, context: zmq.asyncio.Context, role: Role = Role.DECODE) -> None:
         self.num_changes = 0
-        self.worker = FakeWorker(context, WorkerId("w0"), role)
+        self.worker = FakeWorker(Sockets(context), WorkerId("w0"), role)
         self.link = WorkerLink(
-            context,
+            Sockets(context),
             RouterId("router"),
             self.worker.worker_id,
             self.worker.socket.endpoint,
@@ -140,7 +141,7 @@ async def test_a_router_drops_and_counts_malformed_frames(context: zmq.asyncio.C
         worker.setsockopt(zmq.LINGER, 0)
         port = worker.bind_to_random_port("tcp://127.0.0.1")
         endpoint = f"tcp://127.0.0.1:{port}"
-        link = WorkerLink(context, RouterId("router"), WorkerId("w"), endpoint, TIMEOUT_S)
+        link = WorkerLink(Sockets(context), RouterId("router"), WorkerId("w"), endpoint, TIMEOUT_S)
         with link.open(Decode(RequestId("r"), (1,), {}, None, None, 0)) as leg:
             await worker.recv_multipart()
             foreign = Tokens(RequestId("someone else's"), (9,))
@@ -187,7 +188,8 @@ async def test_a_silent_worker_is_lost_and_its_legs_are_told(pair: Pair) -> None
 
 
 async def test_a_worker_that_never_answers_is_lost_too(context: zmq.asyncio.Context) -> None:
-    link = WorkerLink(context, RouterId("r"), WorkerId("w"), "tcp://127.0.0.1:9", TIMEOUT_S)
+    sockets, endpoint = Sockets(context), "tcp://127.0.0.1:9"
+    link = WorkerLink(sockets, RouterId("r"), WorkerId("w"), endpoint, TIMEOUT_S)
     await until(lambda: link.is_lost)
     assert link.snapshot is None
     await link.close()

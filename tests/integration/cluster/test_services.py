@@ -88,6 +88,7 @@ class Host:
     deployment: str
     inventory: Inventory
     launched: dict[WorkerId, SeatedWorker] = field(default_factory=dict)
+    keys: None = None
 
     def launch(self, worker_id: WorkerId, role: Role, node_id: str | None) -> SeatedWorker:
         assert node_id is not None, "placement names a node"

@@ -27,6 +27,7 @@ from cluster.messages import (
 )
 from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, WorkerId
 from cluster.request_plane import WorkerLink
+from cluster.sockets import Sockets
 from cluster.worker import Worker
 from cluster.worker_spec import WorkerSpec
 from deploy.engines import simulated_engine
@@ -88,7 +89,8 @@ class Cluster:
 
     def link(self, role: Role, router: str = "router-0") -> WorkerLink:
         worker_id = WorkerId(f"{role.value}-0")
-        return WorkerLink(self.context, RouterId(router), worker_id, self.endpoints[role], 5.0)
+        sockets = Sockets(self.context)
+        return WorkerLink(sockets, RouterId(router), worker_id, self.endpoints[role], 5.0)
 
     @asynccontextmanager
     async def router(self, name: str = "router-0") -> AsyncIterator["Router"]:

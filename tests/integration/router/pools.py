@@ -10,6 +10,8 @@ import zmq.asyncio
 from cluster.config import RouterSection
 from cluster.messages import Tokens
 from cluster.names import RequestId, Role, RouterId, Stage, WorkerId
+from cluster.ring_file import KeySource
+from cluster.sockets import Sockets
 from router.flow import Flow, GenerateRequest
 from router.membership import Membership
 from router.records import Records, RequestRecord
@@ -27,8 +29,15 @@ class Pools:
     """Workers `p0..`, `d0..`; on leaving, nothing may be reserved, waiting or open any more."""
 
     def __init__(
-        self, prefill: int = 1, decode: int = 1, timeout_s: float = PATIENT_S, **router: Any
+        self,
+        prefill: int = 1,
+        decode: int = 1,
+        timeout_s: float = PATIENT_S,
+        keys: KeySource | None = None,
+        **router: Any,
     ) -> None:
+        self._keys = keys
+        self._contexts: list[zmq.asyncio.Context] = []
         self._sizes = {Role.PREFILL: prefill, Role.DECODE: decode}
         self._timeout_s = timeout_s
         self.config = RouterSection(**router)
@@ -41,7 +50,8 @@ class Pools:
 
     async def __aenter__(self) -> Self:
         self.context = zmq.asyncio.Context()
-        self.membership = Membership(self.context, RouterId("router"), self._timeout_s)
+        sockets = Sockets(self.context, self._keys)
+        self.membership = Membership(sockets, RouterId("router"), self._timeout_s)
         self.records = Records(1000)
         self.flow = Flow(self.config, self.membership, self.records)
         for role, number in self._sizes.items():
@@ -68,12 +78,18 @@ class Pools:
         await self.membership.close()
         for worker in self.workers.values():
             await worker.die()
-        self.context.destroy(linger=0)
+            worker.sockets.close()
+        for context in (self.context, *self._contexts):
+            context.destroy(linger=0)
         assert is_empty or error is not None, self.flow
 
     def add(self, role: Role, index: int, epoch: int = 1) -> FakeWorker:
         name = f"{role.value[0]}{index}"
-        self.workers[name] = FakeWorker(self.context, WorkerId(name), role, epoch)
+        # As in a process of its own: a context has one listener with keys.
+        context = zmq.asyncio.Context() if self._keys is not None else self.context
+        self._contexts.append(context)
+        sockets = Sockets(context, self._keys)
+        self.workers[name] = FakeWorker(sockets, WorkerId(name), role, epoch)
         return self.workers[name]
 
     async def refresh(self) -> None:
