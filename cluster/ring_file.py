@@ -6,9 +6,11 @@ user only.
 """
 
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
+from cluster.errors import ConfigError
 from cluster.keyring import Keyring, parse_keyring
 from cluster.watched_file import WatchedFile
 
@@ -43,4 +45,9 @@ def _write(ring: Keyring) -> int:
 
 def key_source(path: str | None) -> KeySource | None:
     """Return what reads the ring in a file, None for none; raise `ConfigError`."""
-    return WatchedFile(Path(path), parse_keyring).read if path is not None else None
+    if path is None:
+        return None
+    read = WatchedFile(Path(path), parse_keyring).read
+    if Path(path).stat().st_mode & stat.S_IRWXO:
+        raise ConfigError(f"{path}: every user may read these secrets; chmod o-rwx")
+    return read

@@ -36,6 +36,10 @@ class ControllerLink:
         """Take the order back."""
         self._ask(self._actor.unscale.remote())
 
+    def rotate_keys(self) -> None:
+        """Begin to replace the CURVE keys that the deployment made for itself."""
+        self._ask(self._actor.rotate_keys.remote())
+
     def _ask(self, answer: Any) -> Any:
         try:
             return self._ray.get(answer, timeout=_TIMEOUT_S)

@@ -1,26 +1,36 @@
-"""`tandem keys`: makes and drops API keys, whose hashes stand in a file that routers read.
+"""`tandem keys`: makes and drops API keys and CURVE keys, in files that processes read again.
 
-A key is printed once and kept nowhere. Routers read the file again within a second of a change,
-so a key is replaced without a restart: add the new one, move the clients, drop the old one.
+An API key is printed once and kept nowhere, its hash stands in the file. Either kind is replaced
+without a restart: add the new one, move everybody over, drop the old one.
 """
 
 import argparse
 import secrets
 import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import ValidationError
 
 from cluster.errors import ConfigError
+from cluster.keyring import Keyring, parse_keyring
 from deploy.private_file import write_private
 from router.api_keys import MAX_KEY_CHARS, ApiKey, ApiKeys, KeyRole, digest_of, parse_api_keys
 
 _KEY_BYTES = 32
+_STEPS: dict[str, Callable[[Keyring], Keyring]] = {
+    "add": Keyring.with_new,
+    "use": Keyring.using_newest,
+    "drop": Keyring.without_old,
+}
 _HEADER = "# API keys of a Tandem endpoint, by their SHA-256; `tandem keys` edits this file.\n"
 # Shorter ones can be guessed.
 _MIN_KEY_CHARS = 20
+
+Value = TypeVar("Value")
 
 
 def add_command(commands: Any) -> None:
@@ -29,10 +39,13 @@ def add_command(commands: Any) -> None:
     command = commands.add_parser(
         "keys", help=about, description=about, usage="tandem keys ACTION ...", allow_abbrev=False
     )
-    actions = command.add_subparsers(required=True, metavar="ACTION")
+    actions = command.add_subparsers(required=True, metavar="ACTION", prog="tandem keys")
     _add_api(actions)
     _add_drop(actions)
     _add_list(actions)
+    about = "make a file of CURVE keys, for `security.curve_keys` on every node"
+    _add_file(_add_action(actions, "curve", about, run_curve))
+    _add_rotate(actions)
 
 
 def _add_action(actions: Any, name: str, about: str, run: Any) -> argparse.ArgumentParser:
@@ -66,6 +79,19 @@ def _add_drop(actions: Any) -> None:
 
 def _add_list(actions: Any) -> None:
     _add_file(_add_action(actions, "list", "show whose API keys are in a file", run_list))
+
+
+def _add_rotate(actions: Any) -> None:
+    about = "replace CURVE keys: of a deployment that made its own, or in a file step by step"
+    parser = _add_action(actions, "rotate", about, run_rotate)
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--name", help="a deployment started here")
+    where.add_argument("--file", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--step",
+        choices=tuple(_STEPS),
+        help="with --file: add a key, use it, drop the others; each on every node before the next",
+    )
 
 
 def _add_file(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +141,37 @@ def run_list(_config: object, parsed: argparse.Namespace) -> int:
     return 0
 
 
+def run_curve(_config: object, parsed: argparse.Namespace) -> int:
+    ring = Keyring.generate()
+    write_private(parsed.file, ring.as_text(), is_new=True)
+    print(f"tandem: {parsed.file} has the CURVE key {ring.used.name}", file=sys.stderr)
+    return 0
+
+
+def run_rotate(_config: object, parsed: argparse.Namespace) -> int:
+    if parsed.file is None:
+        if parsed.step is not None:
+            raise ConfigError("--step goes with --file: a deployment takes the steps by itself")
+        return _rotate_running(parsed.name)
+    if parsed.step is None:
+        raise ConfigError(f"--file takes a --step: {', '.join(_STEPS)}")
+    ring = _STEPS[parsed.step](_read_file(parsed.file, parse_keyring))
+    write_private(parsed.file, ring.as_text())
+    first, *others = ring.names
+    also = f", and accepts {' '.join(others)} too" if others else ""
+    print(f"tandem: {parsed.file} uses the CURVE key {first}{also}", file=sys.stderr)
+    return 0
+
+
+def _rotate_running(name: str) -> int:
+    from deploy.controller_link import controller_of, running_deployment
+
+    with redirect_stdout(sys.stderr), controller_of(running_deployment(name)) as controller:
+        controller.rotate_keys()
+    print(f"tandem: {name!r} takes on new CURVE keys", file=sys.stderr)
+    return 0
+
+
 def _given_key() -> str:
     key = sys.stdin.readline().strip()
     if not (_MIN_KEY_CHARS <= len(key) <= MAX_KEY_CHARS and key.isascii() and key.isprintable()):
@@ -125,8 +182,12 @@ def _given_key() -> str:
 
 
 def _read(path: Path) -> ApiKeys:
+    return _read_file(path, parse_api_keys)
+
+
+def _read_file(path: Path, parse: Callable[[bytes], Value]) -> Value:
     try:
-        return parse_api_keys(path.read_bytes())
+        return parse(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except ConfigError as error:

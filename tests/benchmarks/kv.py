@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 
+from cluster.keyring import Keyring
+from cluster.ring_file import RingFile
 from tests.benchmarks.sections import table, write_section
 
 SIZES_MB = (1, 8, 64, 256)
@@ -146,10 +148,14 @@ def start_stacks(
     stack: ExitStack, is_alone: bool, settings: str
 ) -> tuple[dict[str, Stack], dict[str, str]]:
     """Start every stack that runs here; return also why others do not."""
+    keys = RingFile(Keyring.generate())
+    stack.callback(keys.close)
     kinds: dict[str, tuple[str, list[str], dict[str, str]]] = {
         **{name: ("raw", [number], {}) for name, number in RAW.items()},
         "shm": ("tandem", ["shm", settings], {}),
         "tcp": ("tandem", ["tcp", settings], {}),
+        "shm+CURVE": ("tandem", ["shm", settings, keys.path], {}),
+        "tcp+CURVE": ("tandem", ["tcp", settings, keys.path], {}),
     }
     python, environment = sys.executable, dict[str, str]()
     stacks, missing = dict[str, Stack](), dict[str, str]()
@@ -229,6 +235,10 @@ def measure_empty(stack: Stack) -> tuple[float, float]:
     return cuts[49], cuts[98]
 
 
+def _is_ours(name: str) -> bool:
+    return name.startswith(("shm", "tcp"))
+
+
 @dataclass(frozen=True)
 class Target:
     """One line of the issue: `ours` against `share` of `theirs`, at one size."""
@@ -296,7 +306,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         stacks, missing = start_stacks(stack, options.alone, options.handoff)
         load_before = os.getloadavg()[0]
         speeds = measure(stacks, options.rounds)
-        empty = {name: measure_empty(stacks[name]) for name in ("shm", "tcp")}
+        empty = {name: measure_empty(stacks[name]) for name in stacks if _is_ours(name)}
     load = f"\n\nLoad average before {load_before:.1f}, after {os.getloadavg()[0]:.1f}."
     body = report(speeds, empty, missing) + load
     if options.dry or options.alone or json.loads(options.handoff):

@@ -116,8 +116,11 @@ class RawSockets(Flat):
 class Tandem:
     """A hand-off port over scattered blocks, as the connector has it."""
 
-    def __init__(self, seed: int, megabytes: int, transport: str, settings: str) -> None:
+    def __init__(
+        self, seed: int, megabytes: int, transport: str, settings: str, keys: str = ""
+    ) -> None:
         from cluster.config import HandoffSection
+        from cluster.ring_file import key_source
         from kv_transfer.array_blocks import ArrayBlockStore
         from kv_transfer.layout import BlockLayout, GroupLayout
         from kv_transfer.port import HandoffPort
@@ -130,7 +133,7 @@ class Tandem:
         ]
         self._store = ArrayBlockStore(layout, [regions])
         section = HandoffSection(**{"transports": transport, **json.loads(settings)})
-        self._port = HandoffPort(self._store, section, seed)
+        self._port = HandoffPort(self._store, section, seed, keys=key_source(keys or None))
         self._epoch, self._fingerprint = seed, layout.fingerprint
         self._ids = list(range(1, num_blocks))
         random.Random(seed).shuffle(self._ids)
