@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import zmq
 
@@ -188,14 +188,23 @@ class WorkerLink:
         self._sockets = sockets
         # Which key it was made under; links under two keys are two peers to the worker.
         self.key = sockets.key
-        self._socket = sockets.open(zmq.DEALER, MAX_FRAME_BYTES)
-        self._socket.setsockopt(zmq.IDENTITY, f"{router_id}{self.key}".encode())
-        sockets.connect(self._socket, endpoint)
-        self._tasks = [
-            asyncio.create_task(self._receive_all()),
-            asyncio.create_task(self._heartbeat()),
-            asyncio.create_task(self._watch()),
-        ]
+        self._socket = self._connect()
+        self._receiving = asyncio.create_task(self._receive_all())
+        self._tasks = [asyncio.create_task(self._heartbeat()), asyncio.create_task(self._watch())]
+
+    def _connect(self) -> Any:
+        socket = self._sockets.open(zmq.DEALER, MAX_FRAME_BYTES)
+        socket.setsockopt(zmq.IDENTITY, f"{self._router_id}{self.key}".encode())
+        self._sockets.connect(socket, self.endpoint)
+        return socket
+
+    def _connect_again(self) -> None:
+        """ZeroMQ repairs connections that break, but not those on which something came that was
+        no frame, or not from its peer: after them a socket stays silent."""
+        self._receiving.cancel()
+        self._socket.close()
+        self._socket = self._connect()
+        self._receiving = asyncio.create_task(self._receive_all())
 
     def __repr__(self) -> str:
         state = "lost" if self.is_lost else "up"
@@ -278,9 +287,11 @@ class WorkerLink:
         while True:
             wake_s = self._heard_s + self._timeout_s
             if self.is_lost:
-                wake_s = loop.time() + self._heartbeat_s
+                wake_s = loop.time() + self._timeout_s
             await asyncio.sleep(wake_s - loop.time())
-            if loop.time() > wake_s + self._heartbeat_s:
+            if self.is_lost:
+                self._connect_again()
+            elif loop.time() > wake_s + self._heartbeat_s:
                 # This loop was held up itself, so the silence says nothing of the worker.
                 self._heard_s = loop.time()
             elif loop.time() >= self._heard_s + self._timeout_s:
@@ -288,11 +299,12 @@ class WorkerLink:
 
     async def close(self) -> None:
         """End the link; open legs raise `WorkerLost`."""
-        for task in self._tasks:
+        tasks = [*self._tasks, self._receiving]
+        for task in tasks:
             task.cancel()
         self.lose("link closed")
         self._socket.close()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _life(snapshot: WorkerSnapshot | None) -> tuple[str, str, int] | None:

@@ -13,6 +13,7 @@ import xxhash
 from cluster.engine import EndedPull
 from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId
+from cluster.sockets import plain_address
 from cluster.stages import StageClock
 from kv_transfer.blocks import BlockStore
 from kv_transfer.handoff import ConsumerHandoff, ConsumerState
@@ -165,7 +166,8 @@ class Consumer:
         for active in list(self._active.values()):
             if now - active.progressed >= self._stall_timeout_s:
                 waited = f"no data for {self._stall_timeout_s:.1f} s"
-                yield from self._fail(active, f"{waited} from {self._endpoint(active.pull.offer)}")
+                address = plain_address(self._endpoint(active.pull.offer))
+                yield from self._fail(active, f"{waited} from {address}")
         for handoff_id, announced in list(self._announced.items()):
             if now - announced.renewed >= self._renew_s:
                 self._announced[handoff_id] = replace(announced, renewed=now)

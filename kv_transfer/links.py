@@ -39,7 +39,7 @@ class Link:
         num_lanes: int,
         open_lane: Callable[[], "zmq.Socket[bytes]"],
     ) -> None:
-        self.last_used = 0.0
+        self.last_used = self.last_heard = 0.0
         self.lanes = [open_lane()]
         self._epoch = epoch
         self._transports = transports

@@ -95,6 +95,7 @@ class HandoffPort:
         self._links: dict[Peer, Link] = {}
         self._lanes: dict[zmq.Socket[bytes], Peer] = {}
         self._num_lanes = section.tcp_connections
+        self._stall_timeout_s = section.stall_timeout_s
         self._poller = zmq.Poller()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller.register(self._listener, zmq.POLLIN)
@@ -205,10 +206,21 @@ class HandoffPort:
     def _tick(self) -> None:
         now = time.monotonic()
         self._answer(self.producer.tick(now))
-        self._send(self.consumer.tick(now))
+        for order in self.consumer.tick(now):
+            if isinstance(order.message, Release):
+                self._distrust(order, now)
+            self._send([order])
         for peer, link in list(self._links.items()):
             if now - link.last_used > _IDLE_LINK_S:
                 self._close_link(peer)
+
+    def _distrust(self, order: Order, now: float) -> None:
+        """A pull has stalled: drop its connections unless something else came over them. Bytes
+        from elsewhere can make one wait for the rest of a frame that nobody has sent."""
+        peer = order.endpoint, order.message.epoch, self._sockets.key
+        link = self._links.get(peer)
+        if link is not None and now - link.last_heard >= self._stall_timeout_s:
+            self._close_link(peer)
 
     def _serve(self) -> None:
         frames = self._listener.recv_multipart()
@@ -235,7 +247,7 @@ class HandoffPort:
             message = CODEC.decode(frames[0].buffer) if len(frames) <= 2 else None
         except WireError:
             message = None
-        now = time.monotonic()
+        now = link.last_heard = time.monotonic()
         if isinstance(message, Welcome):
             for refused in link.welcome(message):
                 self._send(self.consumer.handle(refused, None, now))
@@ -251,12 +263,21 @@ class HandoffPort:
         for order in orders:
             # Under another key there is another link; this one's ends when it is idle.
             peer = order.endpoint, order.message.epoch, self._sockets.key
-            link = self._links.get(peer)
-            if link is None:
-                open_lane = functools.partial(self._open_lane, peer)
-                link = Link(peer[1], self._transports, self._num_lanes, open_lane)
-                self._links[peer] = link
-            link.send(order.message, time.monotonic())
+            try:
+                self._link(peer).send(order.message, time.monotonic())
+            except zmq.Again:
+                # Bytes that were no frames, or not the peer's, ended a connection for good.
+                self._close_link(peer)
+                self._link(peer).send(order.message, time.monotonic())
+
+    def _link(self, peer: Peer) -> Link:
+        """Return the link to a peer, made if there is none."""
+        link = self._links.get(peer)
+        if link is None:
+            open_lane = functools.partial(self._open_lane, peer)
+            link = Link(peer[1], self._transports, self._num_lanes, open_lane)
+            self._links[peer] = link
+        return link
 
     def _open_lane(self, peer: Peer) -> zmq.Socket[bytes]:
         lane: zmq.Socket[bytes] = self._sockets.open(zmq.DEALER, MAX_FRAME_BYTES)

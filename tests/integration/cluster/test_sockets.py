@@ -15,6 +15,7 @@ import pytest_asyncio
 import zmq
 import zmq.asyncio
 
+from cluster.errors import WorkerLost
 from cluster.keyring import KeyPair, Keyring, parse_keyring, public_text
 from cluster.link_renewal import LinkRenewal
 from cluster.messages import CODEC, Cancel, Decode, Tokens
@@ -25,6 +26,7 @@ from cluster.sockets import Sockets, plain_address
 from cluster.watched_file import WatchedFile
 from tests.integration.fake_worker import FakeWorker, Plan
 from tests.integration.router.pools import Pools
+from tests.middleman import ByteMiddleman, pass_bytes
 from tests.waiting import until, wait_for
 
 PATIENT_S = 10.0
@@ -242,3 +244,36 @@ async def test_a_worker_that_has_not_the_new_key_yet_keeps_its_old_link(
             await asyncio.sleep(0.01)
         await renewal.end(link)
         await renewal.close()
+
+
+@pytest.mark.parametrize("change", ["flip", "repeat"])
+async def test_a_link_survives_bytes_that_were_changed(
+    context: zmq.asyncio.Context, change: str
+) -> None:
+    ring, rng = Ring(), random.Random(3)
+
+    def meddle(data: bytes, is_answer: bool) -> bytes | None:
+        if not is_answer or len(data) < 300:
+            return data
+        at = rng.randrange(len(data))
+        flipped = bytes([data[at] ^ 1])
+        return data + data if change == "repeat" else data[:at] + flipped + data[at + 1 :]
+
+    async with worker_on(Sockets(context, ring.read)) as worker:
+        address, _, key = worker.socket.endpoint.partition("#")
+        with ByteMiddleman(int(address.rpartition(":")[2])) as middleman:
+            through = f"tcp://127.0.0.1:{middleman.port}#{key}"
+            sockets, ids = Sockets(context, ring.read), (RouterId("router"), WorkerId("w0"))
+            link = WorkerLink(sockets, *ids, through, 0.5)
+            await until(lambda: link.snapshot is not None)
+            worker.default = Plan(num_tokens=50)
+            middleman.change = meddle
+            decode = Decode(RequestId("a"), (1,), {}, None, None, 0)
+            with link.open(decode) as leg, pytest.raises(WorkerLost):
+                while True:
+                    await leg.receive()
+            middleman.change = pass_bytes
+            await until(lambda: not link.is_lost)
+            with link.open(Decode(RequestId("b"), (1,), {}, None, None, 0)) as leg:
+                assert isinstance(await leg.receive(), Tokens)
+            await link.close()
