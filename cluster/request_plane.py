@@ -29,6 +29,7 @@ from cluster.messages import (
 )
 from cluster.metrics import MALFORMED_FRAMES
 from cluster.names import RequestId, RouterId, WorkerId
+from cluster.seldom import Seldom
 from cluster.sockets import Sockets
 from cluster.wire import MAX_FRAME_BYTES, WireError
 
@@ -38,6 +39,8 @@ _MAX_FRAMES = 4096
 _LAST_WORDS_MS = 500
 
 logger = logging.getLogger(__name__)
+# All of them are counted; a peer that sends nothing else must not fill the disk.
+_warnings = Seldom(10.0)
 
 
 def _decode_all(frames: Sequence[bytes], plane: str) -> list[object]:
@@ -47,7 +50,8 @@ def _decode_all(frames: Sequence[bytes], plane: str) -> list[object]:
             messages.append(CODEC.decode(frame))
         except WireError as error:
             MALFORMED_FRAMES.labels(plane).inc()
-            logger.warning("dropped a malformed frame on the %s plane: %s", plane, error)
+            if _warnings.is_due():
+                logger.warning("dropped a malformed frame on the %s plane: %s", plane, error)
     return messages
 
 

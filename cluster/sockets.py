@@ -9,7 +9,6 @@ addresses have no such part. Sockets live long, so no request waits for a handsh
 import logging
 import os
 import threading
-import time
 from collections import Counter
 from typing import Any
 
@@ -18,6 +17,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from cluster.keyring import KeyPair, public_of_text, public_text
 from cluster.ring_file import KeySource
+from cluster.seldom import Seldom
 
 _ZAP_ADDRESS = "inproc://zeromq.zap.01"
 # libzmq asks nobody, and lets everybody in, if there is no domain.
@@ -113,7 +113,7 @@ class _Doorkeeper:
         shadow: zmq.Context[zmq.Socket[bytes]] = zmq.Context.shadow(context.underlying)
         self._keys = keys
         self._refused = refused
-        self._quiet_until = 0.0
+        self._warnings = Seldom(_QUIET_S)
         self._door = shadow.socket(zmq.REP, socket_class=zmq.Socket)
         self._door.bind(_ZAP_ADDRESS)
         events = f"inproc://tandem-monitor-{id(self):x}"
@@ -160,9 +160,7 @@ class _Doorkeeper:
 
     def _refuse(self, address: str) -> None:
         self._refused["peers_key"] += 1
-        now = time.monotonic()
-        if now >= self._quiet_until:
-            self._quiet_until = now + _QUIET_S
+        if self._warnings.is_due():
             number = self._refused["peers_key"]
             logger.warning("refused %s: no key of this deployment (%d so far)", address, number)
 

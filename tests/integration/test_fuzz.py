@@ -1,0 +1,251 @@
+"""Changed frames on every port: none crashes or stops it, none makes it take more memory than it
+may. A few thousand each; a million each in `make test-full`."""
+
+import asyncio
+import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
+from typing import Any
+
+import psutil
+import pytest
+import zmq
+import zmq.asyncio
+
+from cluster import engine_control, messages
+from cluster.config import parse_config
+from cluster.messages import CODEC, Offer
+from cluster.metrics import MALFORMED_FRAMES
+from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, WorkerId
+from cluster.request_plane import WorkerLink
+from cluster.sockets import Sockets
+from cluster.wire import WireError
+from cluster.worker import Worker
+from cluster.worker_spec import WorkerSpec
+from deploy.app import parts_of
+from kv_transfer import protocol
+from kv_transfer.protocol import Blocks, Place, ReadBlocks, Refusal, Refused, Release, Renew, Via
+from tests.integration.kv_transfer.ports import EPOCH, LAYOUT, Open, open_side
+from tests.mutation import mutated
+from tests.waiting import until, wait_for
+
+__all__ = ["open_side"]
+
+NUMBERS = [3_000, pytest.param(1_000_000, marks=[pytest.mark.full, pytest.mark.timeout(1800)])]
+BATCH = 500
+# What a process may keep over of whatever it was sent, allocators' own ways included.
+KEPT_BYTES = 96 << 20
+
+OFFER = Offer(HandoffId("h"), WorkerId("w"), EPOCH, LAYOUT.fingerprint, ("tcp://k",), 64, 4, 20.0)
+STATS = messages.PrefillStats(8, 8, 0, 0)
+TO_WORKER = [
+    messages.Heartbeat(RouterId("r")),
+    messages.Prefill(RequestId("p"), HandoffId("p"), (1, 2, 3), None, 0),
+    messages.Decode(RequestId("d"), (1, 2, 3), {"max_tokens": 2}, None, "salt", 0),
+    messages.Decode(RequestId("e"), (1, 2, 3), {"max_tokens": 2}, OFFER, None, 1),
+    messages.Cancel(RequestId("d")),
+    messages.ChangeRole(Role.DECODE, 1),
+]
+SNAPSHOT = messages.WorkerSnapshot(
+    WorkerId("w"), Role.DECODE, 1, 0, 0, 9, 9, 0, 0, 0, 0, 0, 0.5, {"bytes_sent": 3}
+)
+TO_ROUTER = [
+    messages.Rejected(RequestId("d"), "full"),
+    messages.Prefilled(RequestId("d"), OFFER, STATS),
+    messages.Tokens(RequestId("d"), (1, 2), FinishReason.STOP, 7, {"a": [1.5]}, None, STATS),
+    messages.Failed(RequestId("d"), "engine", "why"),
+    SNAPSHOT,
+]
+TO_PRODUCER = [
+    protocol.Greet(EPOCH, (Via.TCP, Via.SHM)),
+    ReadBlocks(HandoffId("held"), EPOCH, LAYOUT.fingerprint, 0, 0, 2, (Via.TCP,), (1, 2)),
+    Renew(HandoffId("held"), EPOCH, (3,)),
+    Release(HandoffId("nobody"), EPOCH, is_loaded=False),
+]
+TO_CONSUMER = [
+    protocol.Welcome(EPOCH, (Place(Via.TCP, ""), Place(Via.SHM, "boot/1/2/00"))),
+    Blocks(HandoffId("h"), 0, 0, 2, 8192, 5, 8192, Via.TCP, 0),
+    Refused(HandoffId("h"), Refusal.ENDED, "over"),
+]
+
+
+def frames(codec: Any, kinds: list[Any], seed: int) -> Iterator[bytes]:
+    return mutated([codec.encode(kind) for kind in kinds], Random(seed))
+
+
+@pytest.fixture
+def memory() -> Iterator[None]:
+    before = psutil.Process().memory_info().rss
+    yield
+    assert psutil.Process().memory_info().rss - before < KEPT_BYTES
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize(
+    ("codec", "kinds"),
+    [
+        (CODEC, TO_WORKER + TO_ROUTER),
+        (protocol.CODEC, TO_PRODUCER + TO_CONSUMER),
+        (
+            engine_control.CODEC,
+            [
+                engine_control.AskLoad(),
+                engine_control.DropHandoffs(("a", "b")),
+                engine_control.AskFailure("r"),
+                engine_control.PullFailure("why"),
+                engine_control.BlockLoad(9, 9, 0, 0, ("tcp://k",), "f", 16, {"a": 1}),
+            ],
+        ),
+    ],
+    ids=["request and token", "KV", "control"],
+)
+def test_decoders(codec: Any, kinds: list[Any], number: int, memory: None) -> None:
+    num_valid = 0
+    for frame in itertools.islice(frames(codec, kinds, number), number):
+        try:
+            message = codec.decode(frame)
+        except WireError:
+            continue
+        num_valid += 1
+        assert codec.decode(codec.encode(message)) == message or message != message
+    assert number // 50 < num_valid < number
+
+
+# The worker's port: a whole worker behind it.
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+async def test_a_worker(number: int, memory: None) -> None:
+    config = parse_config(
+        {
+            "model": {"engine": "simulated", "max_model_len": 512, "block_size": 16},
+            "simulated": {"decode_step_s": 0.0001, "decode_step_per_request_s": 0.0},
+            "router": {"worker_timeout_s": 30.0},
+        }
+    )
+    parts, role = parts_of(config), Role.PREFILL
+    spec = WorkerSpec(WorkerId("w"), role, parts.engine, parts.roles, config, (), "127.0.0.1")
+    worker = Worker(spec)
+    entry = await worker.start()
+    running = asyncio.create_task(worker.run())
+    context = zmq.asyncio.Context()
+    with context.socket(zmq.DEALER) as stranger:
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.connect(entry.endpoint)
+        source = frames(CODEC, TO_WORKER, 11)
+        for start in range(0, number, BATCH):
+            for frame in itertools.islice(source, min(BATCH, number - start)):
+                await stranger.send_multipart([frame])
+            await stranger.send(CODEC.encode(messages.Heartbeat(RouterId("r"))))
+            while not isinstance(await received(stranger), messages.WorkerSnapshot):
+                pass
+    link = WorkerLink(Sockets(context), RouterId("fresh"), WorkerId("w"), entry.endpoint, 30.0)
+    await until(lambda: link.snapshot is not None)
+    assert not running.done()
+    await link.close()
+    context.destroy(linger=0)
+    await worker.stop()
+    await running
+
+
+async def received(socket: Any) -> object:
+    """Return the first message of what comes next."""
+    frames = await asyncio.wait_for(socket.recv_multipart(), 30)
+    return CODEC.decode(frames[0])
+
+
+# The router's port: a worker that sends whatever it likes.
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+async def test_a_router(number: int, memory: None) -> None:
+    context = zmq.asyncio.Context()
+    with context.socket(zmq.ROUTER) as worker:
+        worker.setsockopt(zmq.LINGER, 0)
+        port = worker.bind_to_random_port("tcp://127.0.0.1")
+        address = f"tcp://127.0.0.1:{port}"
+        link = WorkerLink(Sockets(context), RouterId("r"), WorkerId("w"), address, 60.0)
+        peer, *_ = await worker.recv_multipart()
+        source = frames(CODEC, TO_ROUTER, 12)
+        decode = messages.Decode(RequestId("d"), (1,), {}, None, None, 0)
+        epochs = itertools.count(1000)
+        for start in range(0, number, BATCH):
+            with link.open(decode):
+                for frame in itertools.islice(source, min(BATCH, number - start)):
+                    await worker.send_multipart([peer, frame])
+                epoch = next(epochs)
+                last = replace(SNAPSHOT, epoch=epoch)
+                await worker.send_multipart([peer, CODEC.encode(last)])
+                await until(lambda e=epoch: link.snapshot and link.snapshot.epoch == e)  # type: ignore[misc]
+        assert MALFORMED_FRAMES.labels("token")._value.get() > number / 3
+        await link.close()
+    context.destroy(linger=0)
+
+
+# The KV plane's two ends.
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_producer(open_side: Open, number: int, memory: None) -> None:
+    producer, consumer = open_side(), open_side()
+    producer.hold("held", 5, 6, 7)
+    with zmq.Context() as context, context.socket(zmq.DEALER) as stranger:
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.setsockopt(zmq.RCVTIMEO, 30_000)
+        stranger.connect(producer.port.endpoint)
+        source = frames(protocol.CODEC, TO_PRODUCER, 13)
+        greeting = protocol.CODEC.encode(protocol.Greet(EPOCH, ()))
+        for start in range(0, number, BATCH):
+            for frame in itertools.islice(source, min(BATCH, number - start)):
+                stranger.send(frame)
+            stranger.send(greeting)
+            while not is_empty_welcome(stranger.recv_multipart()):
+                pass
+    producer.hold("fresh", 3, 4)
+    consumer.pull(producer.offer("fresh"), 1, 2)
+    wait_for(consumer.has_ended("fresh"))
+    assert consumer.pulls["fresh"].failure is None
+    totals = producer.port.totals()
+    assert totals["frames_malformed"] > number / 3 and "port_errors" not in totals
+
+
+def is_empty_welcome(answer: list[bytes]) -> bool:
+    message = protocol.CODEC.decode(answer[0])
+    return isinstance(message, protocol.Welcome) and not message.places
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_a_consumer(open_side: Open, number: int, memory: None) -> None:
+    producer, consumer = open_side(transports=("tcp",)), open_side(transports=("tcp",))
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as hostile:
+        hostile.setsockopt(zmq.LINGER, 0)
+        hostile.setsockopt(zmq.RCVTIMEO, 30_000)
+        port = hostile.bind_to_random_port("tcp://127.0.0.1")
+        rng, source = Random(14), frames(protocol.CODEC, TO_CONSUMER, 14)
+        names, sent = (f"h{n}" for n in itertools.count()), 0
+        while sent < number:
+            name = next(names)
+            offer = replace(
+                OFFER, handoff_id=HandoffId(name), endpoints=(f"tcp://127.0.0.1:{port}",)
+            )
+            consumer.pull(offer, 1, 2)
+            peer, *_ = hostile.recv_multipart()
+            for frame in itertools.islice(source, BATCH):
+                payload = [rng.randbytes(rng.choice((0, 1, 8192)))] if rng.random() < 0.3 else []
+                hostile.send_multipart([peer, frame.replace(b"\xa1h", b"\xa2h0"), *payload])
+            sent += BATCH
+            hostile.send_multipart([peer, refusal(name)])
+            wait_for(consumer.has_ended(name))
+            while hostile.poll(0):
+                hostile.recv_multipart()
+    consumer.pull(producer.hold("fresh", 3, 4), 1, 2)
+    wait_for(consumer.has_ended("fresh"))
+    assert consumer.pulls["fresh"].failure is None
+    totals = consumer.port.totals()
+    assert totals["frames_malformed"] > number / 3 and "port_errors" not in totals
+
+
+def refusal(name: str) -> bytes:
+    encoded: bytes = protocol.CODEC.encode(Refused(HandoffId(name), Refusal.ENDED, "over"))
+    return encoded
