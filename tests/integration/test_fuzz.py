@@ -23,7 +23,7 @@ from cluster.sockets import Sockets
 from cluster.wire import WireError
 from cluster.worker import Worker
 from cluster.worker_spec import WorkerSpec
-from deploy.app import parts_of
+from deploy.engines import ENGINES, ROLES
 from kv_transfer import protocol
 from kv_transfer.protocol import Blocks, Place, ReadBlocks, Refusal, Refused, Release, Renew, Via
 from tests.integration.kv_transfer.ports import EPOCH, LAYOUT, Open, open_side
@@ -124,8 +124,8 @@ async def test_a_worker(number: int, memory: None) -> None:
             "router": {"worker_timeout_s": 30.0},
         }
     )
-    parts, role = parts_of(config), Role.PREFILL
-    spec = WorkerSpec(WorkerId("w"), role, parts.engine, parts.roles, config, (), "127.0.0.1")
+    engine, role = ENGINES["simulated"], Role.PREFILL
+    spec = WorkerSpec(WorkerId("w"), role, engine, ROLES, config, (), "127.0.0.1")
     worker = Worker(spec)
     entry = await worker.start()
     running = asyncio.create_task(worker.run())
