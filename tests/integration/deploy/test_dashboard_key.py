@@ -1,4 +1,4 @@
-"""The dashboard of an endpoint that asks for a key: it asks whoever looks, and keeps it in its tab."""
+"""The dashboard of an endpoint with keys: it asks whoever looks, and keeps a key in its tab."""
 
 import asyncio
 import socket
