@@ -15,6 +15,15 @@ from cluster.sockets import plain_address
 from cluster.worker_spec import Seat, WorkerSpec
 from cluster.worker_state import ObservedWorker, Pair, Trouble, WorkerState
 
+_HAS_SERVED = (
+    WorkerState.FLIPPING,
+    WorkerState.SOFT_OUT,
+    WorkerState.DRAINING,
+    WorkerState.STANDBY,
+)
+# A worker that fails after this long in service is no sign that the next one will not start.
+_PROBATION_S = 60.0
+
 
 class WorkerHandle(Protocol):
     """A worker's process, wherever it runs.
@@ -75,6 +84,12 @@ class Member:
 
     def enter(self, state: WorkerState, now: float) -> None:
         self.state, self.since = state, now
+
+    def is_new(self, now: float) -> bool:
+        """Return whether a failure of the worker speaks against starting the next one."""
+        if self.state is not WorkerState.READY:
+            return self.state not in _HAS_SERVED
+        return now - self.since < _PROBATION_S
 
     def listing(self) -> WorkerEntry | None:
         """Return what routers are told of the worker, None if they are not to use it."""

@@ -39,14 +39,6 @@ from cluster.worker_state import (
 
 STOP_TIMEOUT_S = 4.0
 _ADOPTION_S = 5.0
-_HAS_SERVED = (
-    WorkerState.FLIPPING,
-    WorkerState.SOFT_OUT,
-    WorkerState.DRAINING,
-    WorkerState.STANDBY,
-)
-# A worker that fails after this long in service is no sign that the next one will not start.
-_PROBATION_S = 60.0
 _UP = frozenset(WorkerState) - {WorkerState.PENDING, WorkerState.STARTING, WorkerState.STOPPING}
 
 logger = logging.getLogger(__name__)
@@ -371,7 +363,7 @@ class Workforce:
     def _fail(self, member: Member, reason: str) -> None:
         self._note(f"{member.worker_id} failed: {reason}")
         WORKER_FAILURES.labels(member.role.value).inc()
-        if _is_new(member):
+        if member.is_new(time.time()):
             why = f"{member.worker_id}: {reason}"
             self._history.count_failure(member.role, why, time.time())
         member.enter(WorkerState.STOPPING, time.time())
@@ -431,13 +423,6 @@ class Workforce:
         self._on_change()
         if not task.cancelled() and (error := task.exception()):
             logger.error("controller task failed", exc_info=error)
-
-
-def _is_new(member: Member) -> bool:
-    """Return whether a failure of the worker speaks against starting the next one."""
-    if member.state is not WorkerState.READY:
-        return member.state not in _HAS_SERVED
-    return time.time() - member.since < _PROBATION_S
 
 
 async def _within(limit_s: float, work: Awaitable[None]) -> bool:

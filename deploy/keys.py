@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import ValidationError
 
+from cluster.config import ClusterSection
 from cluster.errors import ConfigError
 from cluster.keyring import Keyring, parse_keyring
 from deploy.private_file import write_private
@@ -85,8 +86,11 @@ def _add_rotate(actions: Any) -> None:
     about = "replace CURVE keys: of a deployment that made its own, or in a file step by step"
     parser = _add_action(actions, "rotate", about, run_rotate)
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--name", help="a deployment started here")
+    where.add_argument("--name", help="a deployment")
     where.add_argument("--file", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--address", help="with --name: its Ray cluster, if it was not started here"
+    )
     parser.add_argument(
         "--step",
         choices=tuple(_STEPS),
@@ -152,7 +156,7 @@ def run_rotate(_config: object, parsed: argparse.Namespace) -> int:
     if parsed.file is None:
         if parsed.step is not None:
             raise ConfigError("--step goes with --file: a deployment takes the steps by itself")
-        return _rotate_running(parsed.name)
+        return _rotate_running(ClusterSection(name=parsed.name, address=parsed.address))
     if parsed.step is None:
         raise ConfigError(f"--file takes a --step: {', '.join(_STEPS)}")
     ring = _STEPS[parsed.step](_read_file(parsed.file, parse_keyring))
@@ -163,12 +167,12 @@ def run_rotate(_config: object, parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _rotate_running(name: str) -> int:
-    from deploy.controller_link import controller_of, running_deployment
+def _rotate_running(cluster: ClusterSection) -> int:
+    from deploy.controller_link import controller_of
 
-    with redirect_stdout(sys.stderr), controller_of(running_deployment(name)) as controller:
+    with redirect_stdout(sys.stderr), controller_of(cluster) as controller:
         controller.rotate_keys()
-    print(f"tandem: {name!r} takes on new CURVE keys", file=sys.stderr)
+    print(f"tandem: {cluster.name!r} takes on new CURVE keys", file=sys.stderr)
     return 0
 
 
