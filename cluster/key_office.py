@@ -36,7 +36,7 @@ class KeyOffice:
         noted: dict[str, Any] | None = store.load(_NOTE)
         if noted is None:
             self._step, self._ring = "", Keyring.generate()
-            self._save()
+            self._save(self._step, self._ring)
         else:
             self._step, self._ring = noted["step"], parse_keyring(noted["ring"].encode())
 
@@ -66,14 +66,16 @@ class KeyOffice:
             if self._step == "used":
                 await asyncio.sleep(self._overlap_s)
             is_begun = True
-            self._step, change = _NEXT[self._step]
-            self._ring = change(self._ring)
-            await asyncio.to_thread(self._save)
+            step, change = _NEXT[self._step]
+            ring = change(self._ring)
+            # Nobody is told of what a successor would not know.
+            await asyncio.to_thread(self._save, step, ring)
+            self._step, self._ring = step, ring
             logger.info("keys %s: %s", " ".join(self._ring.names), self._step or "changed")
         await hand_out(self._ring)
 
-    def _save(self) -> None:
-        self._store.save(_NOTE, {"step": self._step, "ring": self._ring.as_text()})
+    def _save(self, step: str, ring: Keyring) -> None:
+        self._store.save(_NOTE, {"step": step, "ring": ring.as_text()})
 
     def close(self) -> None:
         if self._changing is not None:

