@@ -6,6 +6,7 @@ listening socket has a pair of its own besides, made when it is opened; its publ
 of its address, which only members are told.
 """
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -49,6 +50,7 @@ class KeyPair:
         return public_text(self.public)[:12]
 
 
+@functools.lru_cache(maxsize=256)
 def public_text(public: bytes) -> str:
     """Return a public key as it is written into addresses: Z85 has characters that those do not."""
     return z85.decode(public).hex()
