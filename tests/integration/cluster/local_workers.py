@@ -8,7 +8,7 @@ from typing import Any
 from cluster.engine import Engine, EngineRequest
 from cluster.errors import Fenced
 from cluster.names import Role, WorkerId
-from cluster.ring_file import KeySource
+from cluster.ring_file import KeySource, key_source
 from cluster.snapshot import WorkerEntry
 from cluster.worker import Worker
 from cluster.worker_spec import Seat, WorkerSpec
@@ -43,6 +43,7 @@ class LocalWorker:
     gone: asyncio.Event = field(default_factory=asyncio.Event)
     is_killed: bool = False
     controller_epoch: int = 0
+    keys_file: str | None = None
 
     async def seat(self) -> Seat:
         return Seat("node-1", "machine-1", "127.0.0.1", CORES, os.getpid())
@@ -62,7 +63,7 @@ class LocalWorker:
         self._obey(controller_epoch)
         if self.error is not None:
             raise self.error
-        self.spec = spec
+        self.spec = spec = replace(spec, keys=self.keys_file)
         # A start goes on when the controller that asked for it is gone.
         await asyncio.shield(asyncio.create_task(self._start(Worker(spec))))
         assert self.entry is not None
@@ -125,11 +126,16 @@ class Host:
     errors: list[Exception] = field(default_factory=list)
     start_s: float = 0.0
     launched: dict[WorkerId, LocalWorker] = field(default_factory=dict)
-    keys: KeySource | None = None
+    keys_file: str | None = None
+
+    @property
+    def keys(self) -> KeySource | None:
+        return key_source(self.keys_file)
 
     def launch(self, worker_id: WorkerId, role: Role, node_id: str | None) -> LocalWorker:
         error = self.errors.pop(0) if self.errors else None
-        self.launched[worker_id] = LocalWorker(worker_id, error, self.start_s)
+        worker = LocalWorker(worker_id, error, self.start_s, keys_file=self.keys_file)
+        self.launched[worker_id] = worker
         return self.launched[worker_id]
 
     def attach(self, worker_id: WorkerId) -> LocalWorker | None:

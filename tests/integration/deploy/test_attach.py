@@ -1,12 +1,16 @@
 """`tandem serve --address`: on a Ray cluster of two nodes that goes on without us."""
 
 import asyncio
+import contextlib
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
+import httpx
 import pytest
 import ray
+import zmq
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.util.placement_group import placement_group_table
@@ -18,6 +22,7 @@ from cluster.ray_plane import NAMESPACE, RayLauncher
 from cluster.ray_store import RayStore
 from cluster.worker_spec import WorkerSpec
 from deploy.app import parts_of
+from deploy.cli import main as tandem
 from deploy.ports import free_port
 from deploy.serve_app import build
 from tests.integration.deploy.launcher import STOP_S, Launcher, serving, wait_until
@@ -45,12 +50,22 @@ def actors() -> list[str]:
     return sorted(actor["name"] for actor in named if actor["namespace"] == NAMESPACE)
 
 
-def test_workers_on_two_nodes_serve_and_sigterm_takes_only_ours(cluster: Cluster) -> None:
-    launcher = Launcher(name("attach"), flags=("--address", cluster.address))
+def test_workers_on_two_nodes_hand_over_by_curve_and_tcp_and_sigterm_takes_only_ours(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    keys = str(tmp_path / "curve")
+    assert tandem(["keys", "curve", "--file", keys]) == 0
+    flags = ("--handoff.transports", "tcp", "--security.curve_keys", keys)
+    launcher = Launcher(name("attach"), flags=("--address", cluster.address, *flags))
     with serving(launcher) as footprint:
         answer = launcher.complete()
         assert answer.status_code == 200, answer.text
         assert answer.headers["x-tandem-prefill-worker"] == "prefill-1"
+        path = f"/admin/requests/{answer.headers['x-request-id']}"
+        (sequence,) = httpx.get(f"{launcher.url}{path}").json()["sequences"]
+        assert sequence["transport"] == "tcp"
+        assert sequence["received_bytes"] == sequence["produced_bytes"] > 0
+        assert_strangers_are_refused(launcher)
         ours = [f"{launcher.name}-{part}" for part in ("controller", "decode-1", "prefill-1")]
         assert actors() == ours
         seats = [ray.get_actor(name, namespace=NAMESPACE).seat.remote() for name in ours[1:]]
@@ -60,6 +75,27 @@ def test_workers_on_two_nodes_serve_and_sigterm_takes_only_ours(cluster: Cluster
         assert actors() == []
         assert footprint.leftovers() == []
     assert len([node for node in ray.nodes() if node["Alive"]]) == 2
+
+
+def assert_strangers_are_refused(launcher: Launcher) -> None:
+    """Connect to every worker without a key, and find it counted there."""
+    workers = httpx.get(f"{launcher.url}/admin/state").json()["workers"]
+    with zmq.Context() as context, contextlib.ExitStack() as stack:
+        for worker in workers:
+            stranger = stack.enter_context(context.socket(zmq.DEALER))
+            stranger.setsockopt(zmq.LINGER, 0)
+            stranger.connect(worker["endpoint"])
+        for target in httpx.get(f"{launcher.url}/admin/targets").json():
+            if target["labels"]["component"] == "worker":
+                exporter = f"http://{target['targets'][0]}/metrics"
+                wait_until(lambda url=exporter: _num_refused(url) > 0, 10.0, exporter)  # type: ignore[misc]
+
+
+def _num_refused(exporter: str) -> float:
+    text = httpx.get(exporter).text
+    wanted = 'tandem_peers_refused_total{cause="protocol"}'
+    (line,) = (line for line in text.splitlines() if line.startswith(wanted))
+    return float(line.split()[-1])
 
 
 def test_down_removes_what_a_killed_launcher_left_in_the_cluster(cluster: Cluster) -> None:

@@ -25,7 +25,6 @@ from deploy.processes import find_marked
 from deploy.state import DeploymentState
 from router.api_keys import digest_of
 from tests.integration.deploy.launcher import Footprint, Launcher, serving
-from tests.on_cluster import ray_cluster
 from tests.served import wait_until
 
 pytestmark = pytest.mark.timeout(300)
@@ -222,27 +221,3 @@ def test_strangers_get_nowhere_and_new_keys_are_taken_on_under_load(secured: Sec
     assert [w["pid"] for w in after["workers"]] == [w["pid"] for w in status["workers"]]
     for pair in (*ring, *ring_of(secured.launcher.name)):
         assert_nowhere(secured, pair.secret.decode(), z85.decode(pair.secret).hex())
-
-
-def test_two_nodes_hand_over_through_curve_protected_tcp(tmp_path: Path) -> None:
-    file = str(tmp_path / "curve")
-    keys("curve", "--file", file)
-    with ray_cluster([{"num_cpus": 1}, {"num_cpus": 1}]) as cluster:
-        launcher = Launcher(
-            f"t-nodes-{os.getpid()}",
-            flags=(
-                *SMALL,
-                *("--address", cluster.address, "--handoff.transports", "tcp"),
-                *("--security.curve_keys", file),
-            ),
-        )
-        with serving(launcher):
-            answer = launcher.complete()
-            assert answer.status_code == 200, answer.text
-            request_id = answer.headers["x-request-id"]
-            record = httpx.get(f"{launcher.url}/admin/requests/{request_id}").json()
-            (sequence,) = record["sequences"]
-            assert sequence["transport"] == "tcp"
-            assert sequence["received_bytes"] == sequence["produced_bytes"] > 0
-            workers = httpx.get(f"{launcher.url}/admin/state").json()["workers"]
-            assert len({worker["node"] for worker in workers}) == 2
