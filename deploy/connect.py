@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 from cluster.errors import Unavailable
-from deploy.session import ray_token
+from deploy.session import private_ray
 from deploy.state import DeploymentState
 
 _CONNECT_S = 3.0
@@ -44,5 +44,5 @@ def connect_to(state: DeploymentState) -> None:
                 f"`tandem down --name {state.name}` clears what it left"
             )
         # Read when Ray is imported.
-        os.environ.update(ray_token(Path(state.temp_dir)))
+        os.environ.update(private_ray(Path(state.temp_dir)))
     connect(state.ray_address or "")

@@ -20,7 +20,6 @@ from deploy import haproxy
 from deploy.private_file import write_private
 from deploy.session import Session
 
-LOOPBACK = "127.0.0.1"
 # Objects never carry requests or KV caches; Ray refuses less than about 75 MB.
 _OBJECT_STORE_BYTES = 100 << 20
 
@@ -48,8 +47,6 @@ def start_local_ray(config: TandemConfig, session: Session, temp_dir: Path, verb
             object_store_memory=_OBJECT_STORE_BYTES,
             log_to_driver=verbose,
             logging_level=logging.INFO if verbose else logging.ERROR,
-            # With this address Ray's own servers listen on it, with any other one on all.
-            _node_ip_address=LOOPBACK,
             _temp_dir=str(ray_dir),
         )
     except Exception as error:

@@ -60,7 +60,7 @@ def open_session(config: TandemConfig) -> Session:
     temp_dir = Path(tempfile.gettempdir()) / f"td-{mark[-8:]}"
     uses_haproxy = config.router.proxy == "haproxy" and haproxy.is_available()
     session = Session(config.cluster.name, mark, temp_dir, uses_haproxy)
-    os.environ.update(session.worker_environment | _RAY | _free_ports() | ray_token(temp_dir))
+    os.environ.update(session.worker_environment | _RAY | _free_ports() | private_ray(temp_dir))
     if uses_haproxy:
         os.environ.update(_haproxy_environment(temp_dir / "haproxy"))
     return session
@@ -79,9 +79,15 @@ _RAY = {
 }
 
 
-def ray_token(temp_dir: Path) -> dict[str, str]:
-    """Return what lets a process into a private Ray: its core listens on every interface."""
-    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(temp_dir / "token")}
+def private_ray(temp_dir: Path) -> dict[str, str]:
+    """Return what a process needs to be part of a private Ray, or to find into it."""
+    return {
+        # Then a node has the address 127.0.0.1, as where Ray supports single nodes only, and its
+        # servers listen there; with any other address they listen on every interface.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(temp_dir / "token"),
+    }
 
 
 def _free_ports() -> dict[str, str]:
