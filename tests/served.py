@@ -154,7 +154,9 @@ def tandem(name: str, model: Path = BUNDLED_MODEL, **flags: Any) -> Iterator[Ser
 
 
 @contextlib.contextmanager
-def monolith(model: Path = BUNDLED_MODEL, cpus: str = "", **arguments: Any) -> Iterator[Served]:
+def monolith(
+    model: Path = BUNDLED_MODEL, cpus: str = "", env: Mapping[str, str] = {}, **arguments: Any
+) -> Iterator[Served]:
     """Run vLLM's own OpenAI server on one engine, pinned to `cpus` if any are named."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -163,12 +165,12 @@ def monolith(model: Path = BUNDLED_MODEL, cpus: str = "", **arguments: Any) -> I
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"
         command += [flag] if value is True else [flag, str(value)]
-    env = {
+    settings = {
         "VLLM_CPU_OMP_THREADS_BIND": cpus or "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
-    served = start(command, f"http://127.0.0.1:{port}", model.name, env)
+    served = start(command, f"http://127.0.0.1:{port}", model.name, {**settings, **env})
     try:
         yield served
     finally:
