@@ -91,7 +91,11 @@ class Served:
 
 
 def start(command: Sequence[str], url: str, model: str, env: Mapping[str, str] = {}) -> Served:
-    """Start `command` and return when `/health` answers 200; fail with its log if it ends."""
+    """Start `command` and return when `/health` answers 200; fail with its log if it ends.
+
+    Whatever keeps it from serving, it is stopped as `stop` does it: killed, it would leave behind
+    what it has started.
+    """
     log = Path(tempfile.mkstemp(prefix="tandem-test-", suffix=".log")[1])
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -108,7 +112,11 @@ def start(command: Sequence[str], url: str, model: str, env: Mapping[str, str] =
     try:
         wait_until(is_up, START_TIMEOUT_S, f"{url} serves; log: {served.tail()}")
     except BaseException:
-        process.kill()
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
         raise
     return served
 

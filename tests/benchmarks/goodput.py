@@ -45,8 +45,6 @@ SECONDS, QUICK_SECONDS = 24.0, 8.0
 CHUNK_TOKENS = 2048
 SETTLE_S = 2.0
 SEED = 4
-# More requests than a cell has; ours answers with its newest records.
-_NEWEST = 500
 
 
 @dataclass(frozen=True)
@@ -88,8 +86,8 @@ def measure(stack: Stack, served: Served, plan: Plan, number: int, out: Path) ->
             if document["state"] == "interrupted":
                 raise KeyboardInterrupt
             cell = {"stack": stack.name, "workload": name, "rate": rate, "round": number}
-            _write(out, f"{name}-{rate:g}-{stack.name}-{number}", cell | {"run": document})
-            _keep_records(served, out / f"records-{name}-{rate:g}-{stack.name}-{number}.json")
+            notes = {"notes": _notes(served, len(document["requests"])), "run": document}
+            _write(out, f"{name}-{rate:g}-{stack.name}-{number}", cell | notes)
             time.sleep(SETTLE_S)
 
 
@@ -97,12 +95,14 @@ def _write(out: Path, name: str, document: Document) -> None:
     (out / f"{name}.json").write_text(json.dumps(document, separators=(",", ":")) + "\n")
 
 
-def _keep_records(served: Served, path: Path) -> None:
-    """Keep what the endpoint itself noted of its newest requests, if it is one of ours."""
+def _notes(served: Served, count: int) -> list[Document]:
+    """Return what the endpoint itself noted of its newest requests, nothing if it is a peer's."""
     with suppress(httpx.HTTPError):
-        answer = served.client.get("/admin/requests", params={"limit": _NEWEST})
+        answer = served.client.get("/admin/requests", params={"limit": count})
         if answer.status_code == 200:
-            path.write_text(answer.text)
+            notes: list[Document] = answer.json()["requests"]
+            return notes
+    return []
 
 
 def run(plan: Plan, names: Sequence[str], folder: Path, out: Path) -> None:

@@ -36,14 +36,14 @@ WORKLOADS = {
         256,
         32,
         (0.4, 0.7, 1.0, 1.3, 1.7),
-        (1.0, 2.0, 5.0),
+        (0.75, 1.0, 1.5, 2.5, 5.0),
         (0.035, 0.04, 0.05, 0.07, 0.1, 0.2),
     ),
     "chat": Workload(
         64,
         96,
         (0.5, 1.0, 1.5, 2.0, 2.5),
-        (0.3, 0.6, 2.0),
+        (0.25, 0.4, 0.6, 1.0, 2.0),
         (0.035, 0.04, 0.05, 0.07, 0.1, 0.2),
     ),
 }
@@ -66,6 +66,8 @@ def report(folder: Path, is_dry: bool) -> None:
     for name in names:
         here = [cell for cell in cells if cell.workload == name]
         parts += [_objectives(name, here, titles), _latencies(here, titles)]
+    if any(file["notes"] for file in files):
+        parts.append(_stages(files))
     body = "\n\n".join(parts)
     if is_dry:
         print(body)
@@ -154,6 +156,25 @@ def _latencies(cells: Sequence[Cell], titles: dict[str, str]) -> str:
         )
     head = ["requests/s", "stack", "completed", "TTFT ms", "TPOT ms", "worst gap ms"]
     return f"p50 / p90 over requests:\n\n{table(head, rows)}"
+
+
+def _stages(files: Sequence[dict[str, Any]]) -> str:
+    """Return where ours spent the time to first tokens, by its own records."""
+    found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+    for file in sorted(files, key=lambda each: list(WORKLOADS).index(each["workload"])):
+        if file["notes"]:
+            notes = [note for note in file["notes"] if note["ttft_s"] is not None]
+            found.setdefault((file["workload"], file["rate"]), []).extend(notes)
+    rows = []
+    for (workload, rate), notes in found.items():
+        columns = ("queue_s", "prefill_s", "transfer_s")
+        spreads = (_spread([n[key] for n in notes if n[key] is not None]) for key in columns)
+        rows.append([workload, f"{rate:g}", *spreads])
+    head = ["workload", "requests/s", "queue ms", "prefill ms", "hand-off and first step ms"]
+    return (
+        f"Where {TITLES[OURS]} spends its TTFT, from its own records, p50 / p90; prefill contains"
+        f" the wait for the prefill engine:\n\n{table(head, rows)}"
+    )
 
 
 def _spread(values: Sequence[float]) -> str:
