@@ -41,7 +41,7 @@ from tests.served import Served
 
 # Requests that take longer are lost, so that an overloaded stack cannot hold up the run.
 REQUEST_LIMIT_S = 40.0
-SECONDS, QUICK_SECONDS = 24.0, 8.0
+SECONDS, QUICK_SECONDS = 18.0, 8.0
 CHUNK_TOKENS = 2048
 SETTLE_S = 2.0
 SEED = 4

@@ -70,7 +70,7 @@ def _goodput(
 
 
 def _gaps(axes: Axes, cells: Sequence[Cell], titles: Mapping[str, str]) -> None:
-    found = []
+    found: list[float] = []
     for name, (colour, dashes) in zip(titles, _STYLES, strict=False):
         mine = [cell for cell in cells if cell.stack == name]
         gaps = sorted(1e3 * worst_gap_s(record) for cell in mine for record in cell.completed)
@@ -78,7 +78,12 @@ def _gaps(axes: Axes, cells: Sequence[Cell], titles: Mapping[str, str]) -> None:
         shares = [share or 0.0 for _, share in points]
         axes.plot([gap for gap, _ in points], shares, dashes, color=colour, lw=1.6)
         found += gaps
-    _dress(axes, "longest wait between tokens, ms", min(found, default=10), max(found, default=99))
+    _dress(
+        axes,
+        "longest wait between tokens, ms",
+        max(10.0, min(found, default=0.0)),
+        max(99.0, *found),
+    )
 
 
 def _dress(axes: Axes, label: str, low: float, high: float) -> None:
