@@ -168,10 +168,17 @@ def _stages(files: Sequence[dict[str, Any]]) -> str:
             found.setdefault((file["workload"], file["rate"]), []).extend(notes)
     rows = []
     for (workload, rate), notes in found.items():
-        columns = ("queue_s", "prefill_s", "transfer_s")
+        columns = ("queue_s", "prefill_s", "transfer_s", "pull_s")
         spreads = (_spread([n[key] for n in notes if n[key] is not None]) for key in columns)
         rows.append([workload, f"{rate:g}", *spreads])
-    head = ["workload", "requests/s", "queue ms", "prefill ms", "hand-off and first step ms"]
+    head = [
+        "workload",
+        "requests/s",
+        "queue ms",
+        "prefill ms",
+        "hand-off and first step ms",
+        "of it pull",
+    ]
     return (
         f"Where {TITLES[OURS]} spends its TTFT, from its own records, p50 / p90; prefill contains"
         f" the wait for the prefill engine:\n\n{table(head, rows)}"
