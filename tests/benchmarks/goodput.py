@@ -41,7 +41,7 @@ from tests.served import Served
 
 # Requests that take longer are lost, so that an overloaded stack cannot hold up the run.
 REQUEST_LIMIT_S = 40.0
-SECONDS, QUICK_SECONDS = 18.0, 8.0
+SECONDS, QUICK_SECONDS = 15.0, 8.0
 CHUNK_TOKENS = 2048
 SETTLE_S = 2.0
 SEED = 4
@@ -121,6 +121,7 @@ def run(plan: Plan, names: Sequence[str], folder: Path, out: Path) -> None:
         for stack in stacks(tools, model, plan.chunk_tokens):
             if stack.name not in names or stack.title in missing:
                 continue
+            _write(out, "about", about)
             print(f"{stack.title} starts", flush=True)
             try:
                 with stack.run() as served:
