@@ -91,7 +91,11 @@ class Served:
 
 
 def start(command: Sequence[str], url: str, model: str, env: Mapping[str, str] = {}) -> Served:
-    """Start `command` and return when `/health` answers 200; fail with its log if it ends."""
+    """Start `command` and return when `/health` answers 200; fail with its log if it ends.
+
+    Whatever keeps it from serving, it is stopped as `stop` does it: killed, it would leave behind
+    what it has started.
+    """
     log = Path(tempfile.mkstemp(prefix="tandem-test-", suffix=".log")[1])
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -108,7 +112,11 @@ def start(command: Sequence[str], url: str, model: str, env: Mapping[str, str] =
     try:
         wait_until(is_up, START_TIMEOUT_S, f"{url} serves; log: {served.tail()}")
     except BaseException:
-        process.kill()
+        process.send_signal(signal.SIGINT)
+        try:
+            process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
         raise
     return served
 
@@ -154,7 +162,9 @@ def tandem(name: str, model: Path = BUNDLED_MODEL, **flags: Any) -> Iterator[Ser
 
 
 @contextlib.contextmanager
-def monolith(model: Path = BUNDLED_MODEL, cpus: str = "", **arguments: Any) -> Iterator[Served]:
+def monolith(
+    model: Path = BUNDLED_MODEL, cpus: str = "", env: Mapping[str, str] = {}, **arguments: Any
+) -> Iterator[Served]:
     """Run vLLM's own OpenAI server on one engine, pinned to `cpus` if any are named."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -163,12 +173,12 @@ def monolith(model: Path = BUNDLED_MODEL, cpus: str = "", **arguments: Any) -> I
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"
         command += [flag] if value is True else [flag, str(value)]
-    env = {
+    settings = {
         "VLLM_CPU_OMP_THREADS_BIND": cpus or "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
-    served = start(command, f"http://127.0.0.1:{port}", model.name, env)
+    served = start(command, f"http://127.0.0.1:{port}", model.name, {**settings, **env})
     try:
         yield served
     finally:
