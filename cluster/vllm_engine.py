@@ -39,7 +39,16 @@ from cluster.engine import (
     EngineRequest,
     HandoffWords,
 )
-from cluster.engine_control import CODEC, AskFailure, AskLoad, BlockLoad, DropHandoffs, PullFailure
+from cluster.engine_control import (
+    CODEC,
+    NEWS_SUFFIX,
+    AskFailure,
+    AskLoad,
+    Begun,
+    BlockLoad,
+    DropHandoffs,
+    PullFailure,
+)
 from cluster.messages import PrefillStats, Receipt
 from cluster.names import FinishReason, HandoffId, RequestId, WorkerId
 from cluster.vllm_documents import (
@@ -144,6 +153,9 @@ class VllmEngine:
         self._config = self._engine_args().create_engine_config(UsageContext.ENGINE_CONTEXT)
         # After the CPU platform has forced spawn, whatever is safe here.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = _start_method
+        self._news = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        self._news.setsockopt(zmq.LINGER, 0)
+        self._news.bind(self._control_endpoint + NEWS_SUFFIX)
         self._client = await asyncio.to_thread(
             EngineCoreClient.make_async_mp_client,
             vllm_config=self._config,
@@ -234,11 +246,13 @@ class VllmEngine:
         if request.produce is not None and sampling.max_tokens != 1:
             extra["kv_transfer_params"] = words.produce_params(request.produce)
         if request.consume is not None:
-            extra["kv_transfer_params"] = words.consume_params(request.consume)
+            extra["kv_transfer_params"] = words.consume_params(
+                request.consume, request.awaits_token
+            )
         sampling.extra_args = extra or None
         if request.produce is not None:
             sampling.max_tokens, sampling.min_tokens = 1, min(sampling.min_tokens, 1)
-        if request.first_token is not None:
+        if request.first_token is not None or request.awaits_token:
             assert sampling.max_tokens is not None, "the router's input processor sets it"
             sampling.max_tokens -= 1
             sampling.min_tokens = max(sampling.min_tokens - 1, 0)
@@ -246,13 +260,25 @@ class VllmEngine:
 
     async def outputs(self) -> AsyncIterator[Sequence[EngineOutput]]:
         """Yield each engine step's news; raise `EngineDead` when the engine is."""
-        while True:
-            try:
-                batch = await self._core.get_output_async()
-            except EngineDeadError as error:
-                raise EngineDead(f"vLLM engine of {self._settings.worker_id} died") from error
-            if batch.outputs:
-                yield [await self._output(output) for output in batch.outputs]
+        step = asyncio.ensure_future(self._core.get_output_async())
+        news = asyncio.ensure_future(self._news.recv())
+        try:
+            while True:
+                await asyncio.wait((step, news), return_when=asyncio.FIRST_COMPLETED)
+                if news.done():
+                    begun = CODEC.decode(news.result())
+                    assert isinstance(begun, Begun)
+                    yield [EngineOutput(RequestId(begun.request_id), offer=begun.offer)]
+                    news = asyncio.ensure_future(self._news.recv())
+                if step.done():
+                    if step.result().outputs:
+                        yield [await self._output(output) for output in step.result().outputs]
+                    step = asyncio.ensure_future(self._core.get_output_async())
+        except EngineDeadError as error:
+            raise EngineDead(f"vLLM engine of {self._settings.worker_id} died") from error
+        finally:
+            step.cancel()
+            news.cancel()
 
     async def _output(self, output: EngineCoreOutput) -> EngineOutput:
         request_id = RequestId(output.request_id)
@@ -336,6 +362,7 @@ class VllmEngine:
         """End the engine's processes; safe to call twice and on an engine that is dead."""
         if self._client is not None:
             await asyncio.to_thread(self._client.shutdown, _STOP_S)
+            self._news.close()
 
     @property
     def _core(self) -> AsyncMPClient:

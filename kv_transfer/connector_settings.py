@@ -14,7 +14,7 @@ from cluster.config import HandoffSection
 from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId, WorkerId
 from kv_transfer.consumer import Pull
-from kv_transfer.producer import Hold
+from kv_transfer.producer import Growth, Hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,13 @@ class PortAddress(KVConnectorHandshakeMetadata):
 
 @dataclass
 class Orders(KVConnectorMetadata):
-    """Scheduler half to worker halves, with each step."""
+    """Scheduler half to worker halves, with each step, and carried out before it computes."""
 
+    opened: list[tuple[HandoffId, str]] = field(default_factory=list)
+    revoked: list[HandoffId] = field(default_factory=list)
+    grown: list[Growth] = field(default_factory=list)
     holds: list[Hold] = field(default_factory=list)
+    abandoned: list[tuple[HandoffId, str]] = field(default_factory=list)
     drops: list[HandoffId] = field(default_factory=list)
     announced: list[Offer] = field(default_factory=list)
     given_up: list[Offer] = field(default_factory=list)
@@ -54,10 +58,12 @@ class Orders(KVConnectorMetadata):
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
-    """Worker halves to scheduler half: receipts and failures by request, port totals."""
+    """Worker halves to scheduler half: receipts, failures and awaited first tokens by request,
+    port totals."""
 
     receipts: dict[str, Receipt]
     failures: dict[str, str]
+    tokens: dict[str, int]
     totals: dict[str, int]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
@@ -67,6 +73,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             ours = self.receipts.get(key)
             self.receipts[key] = theirs if ours is None else _sum(ours, theirs)
         self.failures |= other.failures
+        self.tokens |= other.tokens
         for kind, count in other.totals.items():
             self.totals[kind] = self.totals.get(kind, 0) + count
         return self

@@ -77,7 +77,10 @@ class WorkerHalf:
             sizes = tuple(row.shape[1] for row in rows)
             groups.append(GroupLayout(group.kv_cache_spec.block_size, sizes))
         store = ArrayBlockStore(BlockLayout(tuple(groups), self._identity()), regions)
-        self._port = HandoffPort(store, self._settings.handoff, self._settings.epoch, self._rank)
+        step_tokens = self._vllm_config.scheduler_config.max_num_batched_tokens
+        self._port = HandoffPort(
+            store, self._settings.handoff, self._settings.epoch, self._rank, step_tokens
+        )
         self._fingerprint = store.layout.fingerprint
 
     def _identity(self) -> dict[str, str | int]:
@@ -98,8 +101,16 @@ class WorkerHalf:
     def carry_out(self, orders: "KVConnectorMetadata") -> None:
         """Hand this step's orders to the port's thread."""
         assert isinstance(orders, Orders) and self._port is not None
+        for handoff_id, key in orders.opened:
+            self._port.open(handoff_id, key)
+        for handoff_id in orders.revoked:
+            self._port.revoke(handoff_id)
+        for growth in orders.grown:
+            self._port.grow(growth)
         for hold in orders.holds:
             self._port.hold(hold)
+        for handoff_id, key in orders.abandoned:
+            self._port.abandon(handoff_id, key)
         for handoff_id in orders.drops:
             self._port.abort(handoff_id)
         for offer in orders.announced:
@@ -119,7 +130,8 @@ class WorkerHalf:
         totals = self._port.totals()
         if pulls or totals != self._last_totals:
             receipts = {pull.key: pull.receipt for pull in pulls}
-            self._report = WorkerReport(receipts, failures, totals)
+            tokens = {p.key: p.first_token for p in pulls if p.first_token is not None}
+            self._report = WorkerReport(receipts, failures, tokens, totals)
             self._last_totals = totals
         return KVConnectorTransferResults(
             finished_sending=set(freed),

@@ -26,10 +26,11 @@ from kv_transfer.consumer import Consumer, Order, Pull
 from kv_transfer.handoff import ProducerEvent
 from kv_transfer.links import Link
 from kv_transfer.parcels import Parcels
-from kv_transfer.producer import Answer, Hold, Producer
+from kv_transfer.producer import Answer, Growth, Hold, Producer
 from kv_transfer.protocol import (
     CODEC,
     Blocks,
+    Filling,
     Greet,
     ReadBlocks,
     Refused,
@@ -64,8 +65,10 @@ class HandoffPort:
         section: HandoffSection,
         epoch: int,
         rank: int = 0,
+        step_tokens: int | None = None,
         transports: Mapping[Via, Transport] | None = None,
     ) -> None:
+        self._layout = store.layout
         self._context = zmq.Context(io_threads=section.tcp_connections)
         self._listener = self._socket(zmq.ROUTER, _MAX_REQUEST_BYTES)
         port = self._listener.bind_to_random_port(f"tcp://{section.bind_host}")
@@ -84,6 +87,7 @@ class HandoffPort:
             section.lease_s / 3,
             section.checksum,
             faults.damage_of(section.fault, store.layout),
+            step_tokens,
         )
         self.counts: Counter[str] = Counter()
         self._commands: deque[Callable[[], None]] = deque()
@@ -104,6 +108,22 @@ class HandoffPort:
         return f"<HandoffPort {self.endpoint} {self.producer!r} {self.consumer!r}>"
 
     # Commands: called from the engine's thread.
+
+    def open(self, handoff_id: HandoffId, key: str) -> None:
+        """Let blocks of a prompt be pulled while it is computed; `hold` or `abandon` follows."""
+        num_groups = len(self._layout.groups)
+        self._command(lambda: self.producer.open(handoff_id, key, num_groups))
+
+    def grow(self, growth: Growth) -> None:
+        self._command(lambda: self.producer.grow(growth))
+
+    def revoke(self, handoff_id: HandoffId) -> None:
+        """The blocks of an open prompt are about to be used for something else."""
+        self._command(lambda: self.producer.revoke(handoff_id))
+
+    def abandon(self, handoff_id: HandoffId, key: str) -> None:
+        """An open prompt will not be finished."""
+        self._command(lambda: self.producer.abandon(handoff_id, key))
 
     def hold(self, hold: Hold) -> None:
         self._command(lambda: self.producer.hold(hold, time.monotonic()))
@@ -238,7 +258,7 @@ class HandoffPort:
         elif isinstance(message, Blocks):
             payload = link.open(message, frames[1].buffer if len(frames) == 2 else None)
             self._send(self.consumer.handle(message, payload, now))
-        elif isinstance(message, Refused):
+        elif isinstance(message, Filling | Refused):
             self._send(self.consumer.handle(message, None, now))
         else:
             self.counts["frames_malformed"] += 1

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.engine import EngineOutput, EngineRequest
-from cluster.messages import Decode, Failed, Prefill, Prefilled, Rejected, Tokens
+from cluster.messages import Decode, Failed, Offered, Prefill, Prefilled, Rejected, Tokens
 from cluster.names import FinishReason, HandoffId, RequestId
 from cluster.roles import Ending, Report
 
@@ -53,7 +53,9 @@ class PrefillRole:
         """Offer a finished prompt; one cancelled while it finished is freed instead."""
         request_id = output.request_id
         if output.finish_reason is None:
-            return Report(None)
+            if output.offer is None or request_id not in self._computing:
+                return Report(None)
+            return Report(Offered(request_id, output.offer))
         prompt = self._computing.pop(request_id, None)
         if output.offer is None or output.stats is None:
             return Report(_unheld(output, prompt), is_last=True)
