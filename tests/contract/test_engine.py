@@ -11,7 +11,7 @@ import pytest_asyncio
 
 from cluster.engine import EngineRequest
 from cluster.names import FinishReason, HandoffId, RequestId, Role
-from tests.contract.engine_pair import (
+from tests.contract.driven_engines import (
     FREED_WITHIN_S,
     GREEDY,
     LEASE_S,

@@ -1,6 +1,5 @@
 """Promise 1: what the disaggregated path answers is what monolithic vLLM answers."""
 
-import itertools
 import random
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -118,10 +117,10 @@ def test_a_first_token_that_ends_the_request_is_the_same(
 def test_decode_computes_at_most_one_prompt_token(disaggregated: Served) -> None:
     lengths = (2, 130, 700, 1500)
     # Sampled by prefill, and by decode.
-    ways: tuple[dict[str, Any], ...] = ({}, {"logprobs": 1})
-    for length, more in itertools.product(lengths, ways):
+    asked = [(length, more) for length in lengths for more in ({}, {"logprobs": 1})]
+    for length, more in asked:
         prompt = prompt_of(length, 1000 + length + len(more))
-        answer = disaggregated.complete(prompt, **{"max_tokens": 4, **more})
+        answer = disaggregated.complete(prompt, max_tokens=4, **more)
         (sequence,) = disaggregated.record(answer["headers"]["x-request-id"])["sequences"]
         tokens = sequence["prompt_tokens"]
         assert tokens["recomputed"] <= 1, sequence

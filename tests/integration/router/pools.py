@@ -27,8 +27,14 @@ class Pools:
     """Workers `p0..`, `d0..`; on leaving, nothing may be reserved, waiting or open any more."""
 
     def __init__(
-        self, prefill: int = 1, decode: int = 1, timeout_s: float = PATIENT_S, **router: Any
+        self,
+        prefill: int = 1,
+        decode: int = 1,
+        timeout_s: float = PATIENT_S,
+        begins: bool = False,
+        **router: Any,
     ) -> None:
+        self._begins = begins
         self._sizes = {Role.PREFILL: prefill, Role.DECODE: decode}
         self._timeout_s = timeout_s
         self.config = RouterSection(**router)
@@ -73,7 +79,8 @@ class Pools:
 
     def add(self, role: Role, index: int, epoch: int = 1) -> FakeWorker:
         name = f"{role.value[0]}{index}"
-        self.workers[name] = FakeWorker(self.context, WorkerId(name), role, epoch)
+        worker_id = WorkerId(name)
+        self.workers[name] = FakeWorker(self.context, worker_id, role, epoch, begins=self._begins)
         return self.workers[name]
 
     async def refresh(self) -> None:
