@@ -14,7 +14,8 @@ from cluster.config import HandoffSection
 from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId, WorkerId
 from kv_transfer.consumer import Pull
-from kv_transfer.producer import Growth, Hold
+from kv_transfer.producer import Hold
+from kv_transfer.progress import Growth
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ from kv_transfer.blocks import HostBlockStore
 from kv_transfer.consumer import Pull
 from kv_transfer.layout import BlockLayout
 from kv_transfer.port import HandoffPort
-from kv_transfer.producer import Growth, Hold
+from kv_transfer.producer import Hold
+from kv_transfer.progress import Growth
 
 
 class HostHandoffPort:

@@ -26,7 +26,8 @@ from kv_transfer.consumer import Consumer, Order, Pull
 from kv_transfer.handoff import ProducerEvent
 from kv_transfer.links import Link
 from kv_transfer.parcels import Parcels
-from kv_transfer.producer import Answer, Growth, Hold, Producer
+from kv_transfer.producer import Answer, Hold, Producer
+from kv_transfer.progress import Growth
 from kv_transfer.protocol import (
     CODEC,
     Blocks,

@@ -17,6 +17,7 @@ from kv_transfer.blocks import BlockStore
 from kv_transfer.handoff import ProducerEvent, ProducerHandoff, ProducerState
 from kv_transfer.leases import LeaseTable
 from kv_transfer.parcels import Parcels
+from kv_transfer.progress import Growth
 from kv_transfer.protocol import (
     Blocks,
     ConsumerMessage,
@@ -57,14 +58,6 @@ class Hold:
     key: str
     block_ids: tuple[tuple[int, ...], ...]
     first_token: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Growth:
-    """Blocks of an open prompt that the last step has finished, by group, behind those before."""
-
-    handoff_id: HandoffId
-    block_ids: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cluster.names import HandoffId
-from kv_transfer.producer import Growth
 
 Tables = Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Blocks of an open prompt that the last step has finished, by group, behind those before."""
+
+    handoff_id: HandoffId
+    block_ids: tuple[tuple[int, ...], ...]
 
 
 @dataclass(slots=True)

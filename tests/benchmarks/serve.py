@@ -51,10 +51,19 @@ class Timing:
 
 def measure(served: Served, prompt: Sequence[int]) -> Timing:
     """Stream one completion and time its tokens where a client sees them."""
+    began, stamps = token_times(served, prompt, NUM_NEW_TOKENS)
+    gaps = [after - before for before, after in itertools.pairwise(stamps)]
+    return Timing(stamps[0] - began, statistics.median(gaps))
+
+
+def token_times(
+    served: Served, prompt: Sequence[int], num_new_tokens: int
+) -> tuple[float, list[float]]:
+    """Return when a streamed completion was asked for, and when each token came, in seconds."""
     body = {
         "model": served.model,
         "prompt": list(prompt),
-        "max_tokens": NUM_NEW_TOKENS,
+        "max_tokens": num_new_tokens,
         "temperature": 0.0,
         "ignore_eos": True,
         "stream": True,
@@ -66,8 +75,7 @@ def measure(served: Served, prompt: Sequence[int]) -> Timing:
         for line in response.iter_lines():
             if line.startswith("data: {") and json.loads(line[6:])["choices"]:
                 stamps.append(time.perf_counter())
-    gaps = [after - before for before, after in itertools.pairwise(stamps)]
-    return Timing(stamps[0] - began, statistics.median(gaps))
+    return began, stamps
 
 
 def proportional_bytes(served: Served, deployment: str | None = None) -> int:

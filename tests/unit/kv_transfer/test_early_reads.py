@@ -4,7 +4,8 @@ import pytest
 
 from cluster.names import HandoffId
 from kv_transfer.handoff import ProducerEvent
-from kv_transfer.producer import Growth, Hold
+from kv_transfer.producer import Hold
+from kv_transfer.progress import Growth
 from tests.unit.kv_transfer.pair import LEASE_S, STALL_S, Pair, assert_failed, assert_untouched
 
 THEIRS, OURS = (3, 9, 4, 20), (11, 2, 30, 5)

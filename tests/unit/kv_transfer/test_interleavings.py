@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from cluster.names import HandoffId
 from kv_transfer.handoff import ProducerEvent
-from kv_transfer.producer import UNKNOWN_GRACE_S, Growth, Hold
+from kv_transfer.producer import UNKNOWN_GRACE_S, Hold
+from kv_transfer.progress import Growth
 from tests.unit.kv_transfer.pair import LEASE_S, STALL_S, Pair
 
 NUM = 3

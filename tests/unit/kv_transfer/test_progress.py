@@ -4,8 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.names import HandoffId
-from kv_transfer.producer import Growth
-from kv_transfer.progress import Progress
+from kv_transfer.progress import Growth, Progress
 
 H = HandoffId("h")
 
@@ -46,7 +45,8 @@ def test_others_are_not_followed() -> None:
 
 @given(st.lists(st.integers(0, 40), max_size=12), st.sampled_from([4, 16]))
 def test_every_whole_block_comes_once_and_in_order(chunks: list[int], block_size: int) -> None:
-    progress, given_out, num_computed, num_allocated = Progress([block_size]), [], 0, 0
+    progress, num_computed, num_allocated = Progress([block_size]), 0, 0
+    given_out: list[int] = []
     progress.begin("r", H)
     for chunk in [*chunks, 0]:
         needed = -(-(num_computed + chunk) // block_size)
