@@ -144,6 +144,7 @@ class SchedulerHalf:
     def take_orders(self, step: "SchedulerOutput") -> Orders:
         """Return what the worker halves are to do with this step, before it computes."""
         self._follow(step)
+        self._orders.is_idle = step.total_num_scheduled_tokens == 0
         while self._drops:
             self._orders.drops.append(self._drops.popleft())
         orders, self._orders = self._orders, Orders()

@@ -43,8 +43,10 @@ class PortAddress(KVConnectorHandshakeMetadata):
 
 @dataclass
 class Orders(KVConnectorMetadata):
-    """Scheduler half to worker halves, with each step, and carried out before it computes."""
+    """Scheduler half to worker halves, with each step, and carried out before it computes. In an
+    idle one nothing is computed."""
 
+    is_idle: bool = False
     opened: list[tuple[HandoffId, str]] = field(default_factory=list)
     revoked: list[HandoffId] = field(default_factory=list)
     grown: list[Growth] = field(default_factory=list)

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
+# What a step that computes nothing waits for the port to have news, instead of asking it every
+# millisecond; a request that comes meanwhile is scheduled as much later.
+_IDLE_WAIT_S = 0.005
+
+
 class UnsupportedCache(ValueError):
     """This model's KV cache cannot be handed over; the engine refuses to start."""
 
@@ -61,6 +66,7 @@ class WorkerHalf:
         self._port: HandoffPort | None = None
         self._report: WorkerReport | None = None
         self._last_totals: dict[str, int] = {}
+        self._is_idle = False
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Open the port over the engine's KV tensors; raise `UnsupportedCache`."""
@@ -101,6 +107,7 @@ class WorkerHalf:
     def carry_out(self, orders: "KVConnectorMetadata") -> None:
         """Hand this step's orders to the port's thread."""
         assert isinstance(orders, Orders) and self._port is not None
+        self._is_idle = orders.is_idle
         for handoff_id, key in orders.opened:
             self._port.open(handoff_id, key)
         for handoff_id in orders.revoked:
@@ -125,6 +132,8 @@ class WorkerHalf:
     def take_results(self) -> KVConnectorTransferResults:
         """Return, each key once, the holds and pulls that ended since the last step."""
         assert self._port is not None
+        if self._is_idle:
+            self._port.wait(_IDLE_WAIT_S)
         freed, pulls = self._port.take_freed(), self._port.take_pulls()
         failures = {pull.key: pull.failure for pull in pulls if pull.failure}
         totals = self._port.totals()

@@ -94,6 +94,7 @@ class HandoffPort:
         self._commands: deque[Callable[[], None]] = deque()
         self._freed: deque[str] = deque()
         self._pulls: deque[EndedPull] = deque()
+        self._has_news = threading.Event()
         self._links: dict[Peer, Link] = {}
         self._lanes: dict[zmq.Socket[bytes], Peer] = {}
         self._num_lanes = section.tcp_connections
@@ -144,6 +145,11 @@ class HandoffPort:
 
     def cancel(self, key: str) -> None:
         self._command(lambda: self._send(self.consumer.cancel(key)))
+
+    def wait(self, timeout_s: float) -> None:
+        """Return as soon as a hold or a pull has ended since the last call."""
+        self._has_news.wait(timeout_s)
+        self._has_news.clear()
 
     def take_freed(self) -> list[str]:
         """Return and forget the engine keys whose holds ended since the last call."""
@@ -212,8 +218,11 @@ class HandoffPort:
             else:
                 self._receive(socket)
         self._tick()
-        self._freed.extend(_take(self.producer.freed))
-        self._pulls.extend(_take(self.consumer.results))
+        freed, pulls = _take(self.producer.freed), _take(self.consumer.results)
+        self._freed.extend(freed)
+        self._pulls.extend(pulls)
+        if freed or pulls:
+            self._has_news.set()
 
     def _run_commands(self) -> None:
         while self._commands:
