@@ -11,6 +11,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import zmq
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.request import RequestStatus
 
 from cluster.engine_control import (
@@ -43,9 +49,17 @@ if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+# Of these caches a full block stays as it is.
+_ONE_TOKEN_ONE_PLACE = (
+    FullAttentionSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    ChunkedLocalAttentionSpec,
+)
 
 
 class SchedulerHalf:
@@ -60,7 +74,7 @@ class SchedulerHalf:
         ]
         self._orders = Orders()
         self._prompts: dict[str, tuple[HandoffId, Request]] = {}
-        self._progress = Progress(self._block_sizes)
+        self._progress = Progress(list(map(_finished_size, kv_cache_config.kv_cache_groups)))
         self._news: zmq.Socket[bytes] | None = None
         self._offers: dict[str, Offer] = {}
         self._awaiting: dict[str, Request] = {}
@@ -166,9 +180,9 @@ class SchedulerHalf:
             self._grow(key, blocks, num_computed)
 
     def _begin(self, key: str) -> None:
-        """Open a prompt that is computed from now on, and tell the worker of it."""
+        """Open a prompt that is computed from now on, and tell the worker of it, once."""
         handoff_id, request = self._prompts.get(key, (None, None))
-        if handoff_id is None or request is None:
+        if handoff_id is None or request is None or key in self._progress:
             return
         self._progress.begin(key, handoff_id)
         self._orders.opened.append((handoff_id, key))
@@ -310,3 +324,9 @@ class SchedulerHalf:
             self._block_sizes[0],
             self._totals,
         )
+
+
+def _finished_size(group: "KVCacheGroupSpec") -> int | None:
+    """Return the tokens after which a block changes no more; a state changes with every one."""
+    spec = group.kv_cache_spec
+    return spec.block_size if type(spec) in _ONE_TOKEN_ONE_PLACE else None

@@ -127,6 +127,9 @@ class Producer:
     def open(self, handoff_id: HandoffId, key: str, num_groups: int) -> None:
         """Let blocks of a prompt be read as they are finished. Only the engine can end this, by
         `hold` or `abandon`."""
+        if handoff_id in self._held:
+            # Its own end says so.
+            return
         hold = Hold(handoff_id, key, ((),) * num_groups)
         self._held[handoff_id] = _Held(hold, ProducerHandoff(ProducerState.FILLING))
 
@@ -195,6 +198,10 @@ class Producer:
         if held is not None and held.handoff.is_filling and held.hold.key == key:
             self.counts["handoffs_aborted"] += 1
             self._advance(handoff_id, ProducerEvent.ABORTED)
+        else:
+            # Another prompt has the name: this one was never read.
+            self.counts["handoffs_duplicate"] += 1
+            self.freed.append(key)
 
     def handle(self, peer: bytes, message: ConsumerMessage, now: float) -> Iterable[Answer]:
         """Act on one message; nothing a peer sends raises."""

@@ -31,14 +31,20 @@ class _Prompt:
 
 
 class Progress:
-    """The open prompts by engine request, with a block table per group of `block_sizes`."""
+    """The open prompts by engine request, with a block table per group of `block_sizes`.
 
-    def __init__(self, block_sizes: Sequence[int]) -> None:
+    A group without a size has no block that is finished before the prompt is.
+    """
+
+    def __init__(self, block_sizes: Sequence[int | None]) -> None:
         self._block_sizes = block_sizes
         self._prompts: dict[str, _Prompt] = {}
 
     def __repr__(self) -> str:
         return f"<Progress of {len(self._prompts)} prompts>"
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._prompts
 
     def begin(self, key: str, handoff_id: HandoffId) -> None:
         """Follow a prompt that is computed for the first time."""
@@ -54,7 +60,10 @@ class Progress:
             return None
         for table, block_ids in zip(prompt.tables, new_blocks or (), strict=False):
             table += block_ids
-        finished = [min(num_computed // size, len(t)) for size, t in self._sized(prompt)]
+        finished = [
+            0 if size is None else min(num_computed // size, len(table))
+            for size, table in zip(self._block_sizes, prompt.tables, strict=True)
+        ]
         grown = tuple(
             tuple(table[before:after])
             for table, before, after in zip(
@@ -76,6 +85,3 @@ class Progress:
         """Forget a prompt; return its name, None if it was not open."""
         prompt = self._prompts.pop(key, None)
         return None if prompt is None else prompt.handoff_id
-
-    def _sized(self, prompt: _Prompt) -> list[tuple[int, list[int]]]:
-        return list(zip(self._block_sizes, prompt.tables, strict=True))

@@ -184,6 +184,16 @@ def test_another_prompt_of_the_same_name_is_not_held() -> None:
     assert pair.result.failure is None and pair.producer.freed == ["other", "key-h"]
 
 
+def test_another_prompt_of_the_same_name_can_be_given_up() -> None:
+    pair = opened()
+    grow(pair, *THEIRS[:2])
+    pair.producer.open(H, "other", 1)
+    pair.producer.abandon(H, "other")
+    assert pair.producer.freed == ["other"]
+    complete(pair)
+    assert pair.result.failure is None and pair.producer.freed == ["other", "key-h"]
+
+
 def test_reads_out_of_range_wait_for_the_end_and_are_refused() -> None:
     pair = Pair()
     pair.producer.open(H, "key-h", 1)

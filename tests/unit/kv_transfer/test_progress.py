@@ -37,6 +37,12 @@ def test_after_a_preemption_it_begins_anew() -> None:
     assert progress.step("r", None, 48) == Growth(H, ((9, 10),))
 
 
+def test_a_state_is_finished_with_the_prompt_only() -> None:
+    progress = Progress([16, None])
+    progress.begin("r", H)
+    assert progress.step("r", ([1, 2], [7]), 32) == Growth(H, ((1, 2), ()))
+
+
 def test_others_are_not_followed() -> None:
     progress = Progress([16])
     assert progress.step("r", ([1],), 16) is None
