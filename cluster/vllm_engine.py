@@ -7,6 +7,7 @@ own client and skips `AsyncLLM`. The KV connector is named by path: this part do
 
 import asyncio
 import importlib
+import logging
 import os
 import re
 import secrets
@@ -50,12 +51,16 @@ from cluster.engine_control import (
     PullFailure,
 )
 from cluster.messages import PrefillStats, Receipt
+from cluster.metrics import MALFORMED_FRAMES
 from cluster.names import FinishReason, HandoffId, RequestId, WorkerId
 from cluster.vllm_documents import (
     logprobs_document,
     prompt_logprobs_document,
     sampling_from_document,
 )
+from cluster.wire import WireError
+
+logger = logging.getLogger(__name__)
 
 _CONTROL_TIMEOUT_MS = 5000
 # A stop takes about 1 s of CPU; vLLM kills what has not ended after this, and leaks its memory.
@@ -144,6 +149,7 @@ class VllmEngine:
         # Those whose first token is part of what vLLM takes for their prompt.
         self._continued: set[str] = set()
         self._client: AsyncMPClient | None = None
+        self._news: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
         self._control_lock = asyncio.Lock()
 
     async def start(self) -> EngineFacts:
@@ -153,7 +159,6 @@ class VllmEngine:
         self._config = self._engine_args().create_engine_config(UsageContext.ENGINE_CONTEXT)
         # After the CPU platform has forced spawn, whatever is safe here.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = _start_method
-        self._news = zmq.asyncio.Context.instance().socket(zmq.PULL)
         self._news.setsockopt(zmq.LINGER, 0)
         self._news.bind(self._control_endpoint + NEWS_SUFFIX)
         self._client = await asyncio.to_thread(
@@ -266,9 +271,8 @@ class VllmEngine:
             while True:
                 await asyncio.wait((step, news), return_when=asyncio.FIRST_COMPLETED)
                 if news.done():
-                    begun = CODEC.decode(news.result())
-                    assert isinstance(begun, Begun)
-                    yield [EngineOutput(RequestId(begun.request_id), offer=begun.offer)]
+                    if (begun := _begun(news.result())) is not None:
+                        yield [begun]
                     news = asyncio.ensure_future(self._news.recv())
                 if step.done():
                     if step.result().outputs:
@@ -362,12 +366,25 @@ class VllmEngine:
         """End the engine's processes; safe to call twice and on an engine that is dead."""
         if self._client is not None:
             await asyncio.to_thread(self._client.shutdown, _STOP_S)
-            self._news.close()
+        self._news.close()
 
     @property
     def _core(self) -> AsyncMPClient:
         assert self._client is not None, "start() first"
         return self._client
+
+
+def _begun(frame: bytes) -> EngineOutput | None:
+    """Return the news that a prompt is being computed; None for what is no news of the engine's."""
+    try:
+        news = CODEC.decode(frame)
+    except WireError as error:
+        MALFORMED_FRAMES.labels("engine").inc()
+        logger.warning("dropped a malformed frame from the engine: %s", error)
+        return None
+    return (
+        EngineOutput(RequestId(news.request_id), offer=news.offer) if type(news) is Begun else None
+    )
 
 
 def _cpu_defaults() -> dict[str, Any]:
