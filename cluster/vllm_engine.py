@@ -149,7 +149,7 @@ class VllmEngine:
         # Those whose first token is part of what vLLM takes for their prompt.
         self._continued: set[str] = set()
         self._client: AsyncMPClient | None = None
-        self._news: zmq.asyncio.Socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        self._news: zmq.asyncio.Socket | None = None
         self._control_lock = asyncio.Lock()
 
     async def start(self) -> EngineFacts:
@@ -159,14 +159,16 @@ class VllmEngine:
         self._config = self._engine_args().create_engine_config(UsageContext.ENGINE_CONTEXT)
         # After the CPU platform has forced spawn, whatever is safe here.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = _start_method
-        self._news.setsockopt(zmq.LINGER, 0)
-        self._news.bind(self._control_endpoint + NEWS_SUFFIX)
         self._client = await asyncio.to_thread(
             EngineCoreClient.make_async_mp_client,
             vllm_config=self._config,
             executor_class=Executor.get_class(self._config),
             log_stats=False,
         )
+        # Not before the engine's processes, which may be forked from this one.
+        self._news = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        self._news.setsockopt(zmq.LINGER, 0)
+        self._news.bind(self._control_endpoint + NEWS_SUFFIX)
         load = await self._ask_load(AskLoad())
         return EngineFacts(
             model=self._settings.model.name,
@@ -265,6 +267,7 @@ class VllmEngine:
 
     async def outputs(self) -> AsyncIterator[Sequence[EngineOutput]]:
         """Yield each engine step's news; raise `EngineDead` when the engine is."""
+        assert self._news is not None, "start() first"
         step = asyncio.ensure_future(self._core.get_output_async())
         news = asyncio.ensure_future(self._news.recv())
         try:
@@ -366,7 +369,8 @@ class VllmEngine:
         """End the engine's processes; safe to call twice and on an engine that is dead."""
         if self._client is not None:
             await asyncio.to_thread(self._client.shutdown, _STOP_S)
-        self._news.close()
+        if self._news is not None:
+            self._news.close()
 
     @property
     def _core(self) -> AsyncMPClient:
@@ -382,9 +386,9 @@ def _begun(frame: bytes) -> EngineOutput | None:
         MALFORMED_FRAMES.labels("engine").inc()
         logger.warning("dropped a malformed frame from the engine: %s", error)
         return None
-    return (
-        EngineOutput(RequestId(news.request_id), offer=news.offer) if type(news) is Begun else None
-    )
+    if not isinstance(news, Begun):
+        return None
+    return EngineOutput(RequestId(news.request_id), offer=news.offer)
 
 
 def _cpu_defaults() -> dict[str, Any]:
