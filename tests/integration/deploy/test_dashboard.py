@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, Route, expect
 
 from tests.chaos.test_controller_loss import controller_of
-from tests.integration.deploy.browser import Dashboard, chromium, contrast
+from tests.integration.deploy.browser import Dashboard, contrast
 from tests.prompts import prompt_of
 from tests.served import Served, tandem, wait_until
 
@@ -39,12 +39,6 @@ HOSTILE = "<img src=x onerror=document.title='owned'>"
 def served() -> Iterator[Served]:
     with tandem(NAME, **FLAGS) as served:
         yield served
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture
