@@ -112,9 +112,8 @@ def start(command: Sequence[str], url: str, model: str, env: Mapping[str, str] =
     try:
         wait_until(is_up, START_TIMEOUT_S, f"{url} serves; log: {served.tail()}")
     except BaseException:
-        process.send_signal(signal.SIGINT)
         try:
-            process.wait(STOP_TIMEOUT_S)
+            stop(served)
         except subprocess.TimeoutExpired:
             process.kill()
         raise
