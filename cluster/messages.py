@@ -16,6 +16,8 @@ from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, Wo
 from cluster.wire import Codec
 
 PROTOCOL_VERSION = 3
+# How a first token that prefill has sampled ends its request.
+FIRST_IS_LAST = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from cluster.errors import (
     TandemError,
     Unavailable,
 )
-from cluster.messages import Decode, Offer, Offered, Prefill, Prefilled, Tokens
+from cluster.messages import FIRST_IS_LAST, Decode, Offer, Offered, Prefill, Prefilled, Tokens
 from cluster.metrics import OPEN_RESERVATIONS
 from cluster.names import FinishReason, HandoffId, RequestId, Role, WorkerId
 from cluster.request_plane import Leg
@@ -36,9 +36,6 @@ from router.records import Outcome, PromptTokens, Records, RequestRecord
 from router.recovery import Cause, Tries, should_retry
 from router.setbacks import EngineFailed, Refused, cause_of, failure_in, outcome_of
 from router.timeline import Event
-
-# How the first token can be the last one.
-_LAST_AT_FIRST = (FinishReason.STOP, FinishReason.LENGTH)
 
 logger = logging.getLogger(__name__)
 
@@ -100,12 +97,12 @@ class Flow:
         while run.last is None:
             try:
                 await self._place(run)
-                first = await self._prefill(run)
-                if first is not None and first.finish_reason is not None:
-                    run.last = self._account(run, first)
-                    continue
-                if first is not None:
-                    yield self._account(run, first)
+                if (first := await self._prefill(run)) is not None:
+                    first = self._account(run, first)
+                    if first.finish_reason is not None:
+                        run.last = first
+                        continue
+                    yield first
                 self._hand_over(run)
                 while (tokens := await self._decode(run)).finish_reason is None:
                     yield self._account(run, tokens)
@@ -217,7 +214,7 @@ class Flow:
             if is_sampled and answer.first_token is not None:
                 run.first_token = answer.first_token
                 first = Tokens(leg_id, (answer.first_token,), stats=answer.stats)
-        elif isinstance(answer, Tokens) and is_sampled and answer.finish_reason in _LAST_AT_FIRST:
+        elif isinstance(answer, Tokens) and is_sampled and answer.finish_reason in FIRST_IS_LAST:
             first = answer
         else:
             raise failure_in(answer)

@@ -50,7 +50,16 @@ class Served:
     client: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.url, timeout=120.0)
+        # Serve's proxy closes idle connections when its replicas change, and one reused just then
+        # ends without an answer, as RFC 9112, 9.3.1 lets it: every request gets its own.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.client = httpx.Client(base_url=self.url, timeout=120.0, limits=limits)
+
+    def is_healthy(self) -> bool:
+        """Return whether `/health` answers 200 now; an endpoint that does not answer is not."""
+        with contextlib.suppress(httpx.HTTPError):
+            return self.client.get("/health", timeout=5.0).status_code == 200
+        return False
 
     def complete(self, prompt: str | Sequence[int], **parameters: Any) -> dict[str, Any]:
         """Return the body of a completion; raise for an error status."""
@@ -105,16 +114,13 @@ def start(command: Sequence[str], url: str, model: str, env: Mapping[str, str] =
 
     def is_up() -> bool:
         assert process.poll() is None, f"{command[0]} ended: {served.tail()}"
-        with contextlib.suppress(httpx.HTTPError):
-            return served.client.get("/health", timeout=5.0).status_code == 200
-        return False
+        return served.is_healthy()
 
     try:
         wait_until(is_up, START_TIMEOUT_S, f"{url} serves; log: {served.tail()}")
     except BaseException:
-        process.send_signal(signal.SIGINT)
         try:
-            process.wait(STOP_TIMEOUT_S)
+            stop(served)
         except subprocess.TimeoutExpired:
             process.kill()
         raise

@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from random import Random
 from types import FrameType
 from typing import Any
 
@@ -34,15 +33,15 @@ from deploy.loadtest.run import LoadPlan
 from deploy.loadtest.words import Document, Slo, WorkloadSpec
 from deploy.models.bench import ensure_bench_model
 from tests.benchmarks import goodput_report
+from tests.benchmarks.engine_settings import CHUNK_TOKENS, MAX_MODEL_LEN, MODEL
 from tests.benchmarks.goodput_report import WORKLOADS, Workload
 from tests.benchmarks.peers import Unavailable
-from tests.benchmarks.stacks import MAX_MODEL_LEN, MODEL, Stack, install_tools, stacks
+from tests.benchmarks.stacks import Stack, install_tools, stacks
 from tests.served import Served
 
 # Requests that take longer are lost, so that an overloaded stack cannot hold up the run.
 REQUEST_LIMIT_S = 40.0
 SECONDS, QUICK_SECONDS = 15.0, 8.0
-CHUNK_TOKENS = 2048
 SETTLE_S = 2.0
 SEED = 4
 
@@ -61,8 +60,8 @@ def spec_of(shape: Workload, rate: float, seconds: float, seed: int) -> Workload
     """Return Poisson arrivals that come at exactly this rate, first to last."""
     text = f"poisson:rate={rate},input={shape.prompt_tokens},output={shape.output_tokens}"
     spec = WorkloadSpec(text, num_requests=max(6, round(rate * seconds)))
-    planned = workload.plan(spec, MAX_MODEL_LEN, Random(seed))
-    natural = (len(planned) - 1) / (planned[-1].at_s - planned[0].at_s)
+    natural = workload.rate_of(spec, MAX_MODEL_LEN, seed)
+    assert natural is not None, "Poisson arrivals are spread out"
     return replace(spec, time_scale=rate / natural)
 
 

@@ -19,16 +19,11 @@ from typing import Any
 import psutil
 
 from deploy.ports import free_port
+from tests.benchmarks.engine_settings import tandem_settings, vllm_settings
 from tests.benchmarks.peers import Unavailable, install, make_python, marked
 from tests.served import Served, monolith, start, stop, tandem
 
 NAME = "bench-goodput"
-MODEL = Path(".cache/bench-model")
-# CPUs without bfloat16 instructions take three times as long over it.
-DTYPE = "float32"
-MAX_MODEL_LEN = 2048
-MAX_NUM_SEQS = 64
-KV_CACHE_GIB = 0.5
 ROUTER = "vllm-router==0.1.17"
 NIXL = ("nixl", "nixl-cu12")
 
@@ -103,15 +98,7 @@ class _Engines:
 
     @contextmanager
     def ours(self) -> Iterator[Served]:
-        with tandem(
-            NAME,
-            model=self.model,
-            model__dtype=DTYPE,
-            model__max_model_len=MAX_MODEL_LEN,
-            model__chunk_tokens=self.chunk_tokens,
-            model__max_num_seqs=MAX_NUM_SEQS,
-            model__kv_cache_gib=KV_CACHE_GIB,
-        ) as served:
+        with tandem(NAME, model=self.model, **tandem_settings(self.chunk_tokens)) as served:
             warm_up(served)
             yield served
 
@@ -155,13 +142,8 @@ class _Engines:
             self.model,
             str(core),
             env,
-            dtype=DTYPE,
-            max_model_len=MAX_MODEL_LEN,
-            max_num_batched_tokens=self.chunk_tokens,
-            max_num_seqs=MAX_NUM_SEQS,
-            enforce_eager=True,
-            kv_cache_memory_bytes=int(KV_CACHE_GIB * 2**30),
             disable_uvicorn_access_log=True,
+            **vllm_settings(self.chunk_tokens),
             **arguments,
         ) as served:
             pin(served, core)
