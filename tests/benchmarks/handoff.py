@@ -31,20 +31,13 @@ from kv_transfer.consumer import Pull
 from kv_transfer.layout import BlockLayout, GroupLayout
 from kv_transfer.port import HandoffPort
 from kv_transfer.producer import Hold
+from tests.benchmarks import engine_settings
 from tests.benchmarks.sections import table, write_section
-from tests.benchmarks.serve import (
-    DTYPE,
-    KV_CACHE_GIB,
-    MAX_MODEL_LEN,
-    MODEL,
-    SETTLE_S,
-    pinning,
-    token_times,
-)
+from tests.benchmarks.serve import SETTLE_S, pinning, token_times
 from tests.served import Served, monolith, tandem
 
 NAME = "bench-handoff"
-CHUNK_TOKENS, DEFAULT_CHUNK_TOKENS = 256, 2048
+CHUNK_TOKENS, DEFAULT_CHUNK_TOKENS = 256, engine_settings.CHUNK_TOKENS
 PROMPT_TOKENS, NUM_NEW_TOKENS = 1500, 24
 NUM_ROUNDS = 7
 NUM_CONTACTS = 11
@@ -192,8 +185,8 @@ def report(
         + table(["", "measured", "limit"], limits)
         + f"\n\nLimits: {'held' if is_within else 'NOT held'}."
         + f" Median of {len(timings[OURS])} interleaved rounds, {PROMPT_TOKENS} prompt and"
-        f" {NUM_NEW_TOKENS} new tokens, concurrency 1, {DTYPE}, eager, no prefix hits. Exposed is"
-        " what token 2 waits for beside a decode step: from the end of prefill's last step to the"
+        f" {NUM_NEW_TOKENS} new tokens, concurrency 1, {engine_settings.DTYPE}, eager, no"
+        " prefix hits. Exposed is what token 2 waits for beside a decode step: from the end of prefill's last step to the"
         " KV cache in place on decode, and every message on the way. The blocks themselves came"
         f" {1e3 * median(OURS, 'pull_s'):.1f} ms after the prompt was computed. A contact is a"
         f" pull of 1 MiB over shared memory, median of {NUM_CONTACTS} pairs; the next one of the"
@@ -210,34 +203,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
     rounds = parser.parse_args().rounds
     assert len(os.sched_getaffinity(0)) >= 2, "needs two cores: one per engine"
-    model = ensure_bench_model(MODEL)
+    model = ensure_bench_model(engine_settings.MODEL)
     contacts = contact_times(NUM_CONTACTS)
     with ExitStack() as stack:
-        served = {
-            OURS: stack.enter_context(
-                tandem(
-                    NAME,
-                    model=model,
-                    model__dtype=DTYPE,
-                    model__max_model_len=MAX_MODEL_LEN,
-                    model__chunk_tokens=CHUNK_TOKENS,
-                    model__kv_cache_gib=KV_CACHE_GIB,
-                )
-            )
-        }
+        ours = engine_settings.tandem_settings(CHUNK_TOKENS)
+        served = {OURS: stack.enter_context(tandem(NAME, model=model, **ours))}
         for name, chunk_tokens in ((SAME, CHUNK_TOKENS), (DEFAULT, DEFAULT_CHUNK_TOKENS)):
-            served[name] = stack.enter_context(
-                monolith(
-                    model=model,
-                    cpus="0",
-                    dtype=DTYPE,
-                    max_model_len=MAX_MODEL_LEN,
-                    max_num_batched_tokens=chunk_tokens,
-                    max_num_seqs=64,
-                    enforce_eager=True,
-                    kv_cache_memory_bytes=int(KV_CACHE_GIB * 2**30),
-                )
-            )
+            theirs = engine_settings.vllm_settings(chunk_tokens)
+            served[name] = stack.enter_context(monolith(model=model, cpus="0", **theirs))
         timings, pinned = run(rounds, served), pinning(served[OURS])
         (core,) = map(int, re.findall(r"decode-\S+ on core (\d+)", pinned))
         itl_s = statistics.median(timing.itl_s for timing in timings[OURS])
