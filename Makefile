@@ -70,6 +70,7 @@ endif
 
 $(DEV_STAMP): $(RUNTIME_STAMP) $(LOCKS)/dev.txt
 	$(PIP_INSTALL) -r $(LOCKS)/dev.txt
+	$(PYTEST) tests/unit --collect-only --quiet > /dev/null # compiles what a first run would
 	touch $@
 
 .PHONY: system-deps

@@ -34,7 +34,7 @@ class EngineRequest:
     the engine prefills and decodes.
 
     `first_token` was sampled elsewhere: the engine generates what follows it. `sampling` counts
-    it, stats do not.
+    it, stats do not. With `awaits_token` it is not known yet and comes with the KV cache.
     """
 
     request_id: RequestId
@@ -45,13 +45,15 @@ class EngineRequest:
     cache_salt: str | None = None
     priority: int = 0
     first_token: int | None = None
+    awaits_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class EngineOutput:
     """One request's news from one engine step.
 
-    `offer` comes with the finish of a producing request, `handoff_error` with the `ERROR`
+    `offer` comes when a producing request's prompt begins to be computed, unless it is known to
+    end with its first token, and again with its finish; `handoff_error` with the `ERROR`
     finish of a consuming one whose KV cache did not arrive.
     """
 
@@ -92,18 +94,20 @@ class HandoffWords(Protocol):
 
     def produce_params(self, handoff_id: HandoffId) -> dict[str, Any]: ...
 
-    def consume_params(self, offer: Offer) -> dict[str, Any]: ...
+    def consume_params(self, offer: Offer, awaits_token: bool) -> dict[str, Any]: ...
 
     def offered(self, params: Mapping[str, Any] | None) -> Offer | None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class EndedPull:
-    """A pull that is over; `failure` is None when every block is in place."""
+    """A pull that is over; `failure` is None when every block is in place, and with them the
+    first token, where it was awaited."""
 
     key: str
     failure: str | None
     receipt: Receipt
+    first_token: int | None = None
 
 
 class HandoffPort(Protocol):
@@ -119,11 +123,21 @@ class HandoffPort(Protocol):
 
     def read(self, block_id: int) -> bytes: ...
 
-    def hold(self, key: str, handoff_id: HandoffId, block_ids: Sequence[int]) -> None: ...
+    def open(self, key: str, handoff_id: HandoffId) -> None: ...
+
+    def grow(self, handoff_id: HandoffId, block_ids: Sequence[int]) -> None: ...
+
+    def hold(
+        self, key: str, handoff_id: HandoffId, block_ids: Sequence[int], first_token: int
+    ) -> None: ...
+
+    def abandon(self, key: str, handoff_id: HandoffId) -> None: ...
 
     def drop(self, handoff_id: HandoffId) -> None: ...
 
-    def pull(self, key: str, offer: Offer, block_ids: Sequence[int]) -> None: ...
+    def pull(
+        self, key: str, offer: Offer, block_ids: Sequence[int], awaits_token: bool
+    ) -> None: ...
 
     def announce(self, offer: Offer) -> None: ...
 

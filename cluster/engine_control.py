@@ -1,15 +1,19 @@
-"""The worker's line into its engine's scheduler process: one REQ/REP pair on a local socket.
+"""The worker's line into its engine's scheduler process: local sockets, one each way.
 
 vLLM has no call that reads its block pool or drops a held KV cache, and its error outputs carry
-no reason; its connector runs beside the scheduler and answers here.
+no reason; its connector runs beside the scheduler and answers here. Nor does vLLM say when it
+begins to compute a prompt: the connector does, on a line of its own.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from cluster.messages import Offer
 from cluster.wire import Codec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+# Behind the control endpoint: where the engine tells its news.
+NEWS_SUFFIX = "-news"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,15 @@ class BlockLoad:
     counts: Mapping[str, object]
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Engine to worker, unasked: the prompt is being computed, and its blocks can be pulled."""
+
+    request_id: str
+    offer: Offer
+
+
 CODEC = Codec(
     PROTOCOL_VERSION,
-    {1: AskLoad, 2: DropHandoffs, 3: BlockLoad, 4: AskFailure, 5: PullFailure},
+    {1: AskLoad, 2: DropHandoffs, 3: BlockLoad, 4: AskFailure, 5: PullFailure, 6: Begun},
 )

@@ -5,7 +5,8 @@ messages per multipart. `PROTOCOL_VERSION` history:
 
 1. first version.
 2. a receipt names the transport.
-3. prefill may sample the first token, and decode goes on from it.
+3. prefill may sample the first token, and decode goes on from it; a prompt's blocks are offered
+   when it begins to be computed.
 """
 
 from collections.abc import Mapping
@@ -15,6 +16,8 @@ from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, Wo
 from cluster.wire import Codec
 
 PROTOCOL_VERSION = 3
+# How a first token that prefill has sampled ends its request.
+FIRST_IS_LAST = (FinishReason.STOP, FinishReason.LENGTH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +68,7 @@ class Decode:
 
     `sampling` is vLLM's `SamplingParams` as a document; the simulated engine reads
     `max_tokens` and `ignore_eos` of it. The client has `first_token` already: the answer begins
-    with the second.
+    with the second. With `awaits_token` decode is to hear of it with the KV cache.
     """
 
     request_id: RequestId
@@ -75,6 +78,7 @@ class Decode:
     cache_salt: str | None
     priority: int
     first_token: int | None = None
+    awaits_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,14 @@ class PrefillStats:
     num_computed_tokens: int
     num_local_cached_tokens: int
     num_transferred_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """Worker to router: the prompt is being computed, its blocks can be pulled as they come."""
+
+    request_id: RequestId
+    offer: Offer
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,8 +216,9 @@ CODEC = Codec(
         8: Failed,
         9: WorkerSnapshot,
         10: ChangeRole,
+        11: Offered,
     },
 )
 
 RouterMessage = Heartbeat | Prefill | Decode | Cancel | ChangeRole
-WorkerMessage = Rejected | Prefilled | Tokens | Failed | WorkerSnapshot
+WorkerMessage = Rejected | Offered | Prefilled | Tokens | Failed | WorkerSnapshot

@@ -142,7 +142,7 @@ MALFORMED_FRAMES = _every.counter(
     "tandem_malformed_frames_total",
     "frames",
     "Frames of the request plane dropped because they are no valid messages: `request` at"
-    " workers, `token` at routers and the controller",
+    " workers, `token` at routers and the controller, `engine` between a worker and its engine",
     "plane",
 )
 

@@ -331,8 +331,16 @@ def _office_of(config: TandemConfig, store: ControllerStore) -> KeyOffice | None
 
 def _app_exists(name: str) -> bool:
     """Return whether Serve has the app; while Serve does not answer, nothing is known."""
-    from ray import serve  # only controllers that follow an app pay for it
+    # Only controllers that follow an app pay for it.
+    from ray import serve
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
 
+    try:
+        # Serve's client never lets go of a Serve that was shut down; its actor's name is free then,
+        # and taken while it restarts.
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return False
     try:
         return name in serve.status().applications
     except Exception as error:

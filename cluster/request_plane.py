@@ -19,6 +19,7 @@ from cluster.messages import (
     Decode,
     Failed,
     Heartbeat,
+    Offered,
     Prefill,
     Prefilled,
     Rejected,
@@ -268,7 +269,7 @@ class WorkerLink:
     def _dispatch(self, message: object) -> None:
         if isinstance(message, WorkerSnapshot):
             self._update(message)
-        elif isinstance(message, Rejected | Prefilled | Tokens | Failed):
+        elif isinstance(message, Rejected | Offered | Prefilled | Tokens | Failed):
             leg = self._legs.get(message.request_id)
             if leg is not None:
                 leg.deliver(message)

@@ -50,6 +50,8 @@ class _Sequence:
     num_computed: int = 0
     num_transferred: int = 0
     num_generated: int = 0
+    num_written: int = 0
+    first_token: int | None = None
     state: bytes = b""
     receipt: Receipt | None = None
     is_aborted: bool = False
@@ -61,7 +63,8 @@ class _Sequence:
     @property
     def num_to_pull(self) -> int:
         """The token before the one to sample is always computed by the engine that samples."""
-        return self.num_prompt - (self.request.first_token is None)
+        has_first = self.request.first_token is not None or self.request.awaits_token
+        return self.num_prompt - (not has_first)
 
     @property
     def num_to_digest(self) -> int:
@@ -134,7 +137,7 @@ class SimulatedEngine:
         room = self._model.max_model_len - len(request.prompt_token_ids)
         # A producer makes one token of its own, however many there will be.
         limit = max_tokens if request.produce is not None else min(max_tokens, room)
-        sequence = _Sequence(request, max(1, limit))
+        sequence = _Sequence(request, max(1, limit), first_token=request.first_token)
         if request.consume is not None:
             self._port.announce(request.consume)
         self._waiting.append(sequence)
@@ -147,6 +150,7 @@ class SimulatedEngine:
             self._admit()
             batch, step_s = self._step()
             await asyncio.sleep(step_s)
+            self._grow()
             produced = [self._advance(sequence) for sequence in batch]
             outputs, self._outbox = self._outbox + [o for o in produced if o is not None], []
             if outputs:
@@ -176,6 +180,11 @@ class SimulatedEngine:
                 self._port.give_up(sequence.request.consume)
         if sequence in self._running:
             self._running.remove(sequence)
+            if sequence.is_held and sequence.request.produce is not None:
+                # Somebody may be reading them: they are free when the port says so.
+                self._hold_for(sequence, sequence.block_ids)
+                self._port.abandon(sequence.request.request_id, sequence.request.produce)
+                return
         self._release_blocks(sequence.block_ids)
         sequence.block_ids = []
 
@@ -222,6 +231,8 @@ class SimulatedEngine:
             )
             return
         sequence.receipt = ended.receipt
+        if ended.first_token is not None:
+            sequence.first_token = ended.first_token
         sequence.num_computed = sequence.num_transferred = sequence.num_to_pull
         self._running.append(sequence)
 
@@ -244,10 +255,19 @@ class SimulatedEngine:
             if offer is not None:
                 self._port.give_up(offer)
             self._running.append(sequence)
+            self._open(sequence)
             return
         self._pulling[sequence.request.request_id] = sequence
         pulled = sequence.block_ids[: self._num_blocks(sequence.num_to_pull)]
-        self._port.pull(sequence.request.request_id, offer, pulled)
+        self._port.pull(sequence.request.request_id, offer, pulled, sequence.request.awaits_token)
+
+    def _open(self, sequence: _Sequence) -> None:
+        """Let a producing sequence's blocks be pulled as they come."""
+        request = sequence.request
+        if sequence.is_held and request.produce is not None:
+            self._port.open(request.request_id, request.produce)
+            offer = self._offer(sequence, request.produce)
+            self._outbox.append(EngineOutput(request.request_id, offer=offer))
 
     def _release_blocks(self, block_ids: Sequence[int]) -> None:
         self._free.extend(block_ids)
@@ -281,11 +301,11 @@ class SimulatedEngine:
             return None
         stats = None
         if not sequence.state:
-            self._write_blocks(sequence)
+            self._write_blocks(sequence, self._num_blocks(sequence.num_prompt))
             sequence.state = self._digest_blocks(sequence)
             stats = self._stats(sequence)
-            if sequence.request.first_token is not None:
-                self._take_in(sequence, sequence.request.first_token)
+            if sequence.first_token is not None:
+                self._take_in(sequence, sequence.first_token)
         token = self._token(sequence)
         self._take_in(sequence, token)
         if sequence.num_generated < sequence.max_tokens and sequence.request.produce is None:
@@ -296,7 +316,7 @@ class SimulatedEngine:
 
     def _finish(self, sequence: _Sequence, token: int, stats: PrefillStats | None) -> EngineOutput:
         self._running.remove(sequence)
-        offer = self._hold(sequence) if sequence.is_held else None
+        offer = self._hold(sequence, token) if sequence.is_held else None
         if offer is None:
             self._release_blocks(sequence.block_ids)
         return EngineOutput(
@@ -308,14 +328,22 @@ class SimulatedEngine:
             receipt=self._receipt(sequence),
         )
 
-    def _hold(self, sequence: _Sequence) -> Offer:
+    def _hold(self, sequence: _Sequence, first_token: int) -> Offer:
         assert sequence.request.produce is not None
         key, handoff_id = sequence.request.request_id, sequence.request.produce
         num_held = self._num_blocks(sequence.num_prompt)
         held, spare = sequence.block_ids[:num_held], sequence.block_ids[num_held:]
         self._release_blocks(spare)
-        self._held[key] = (handoff_id, held)
-        self._port.hold(key, handoff_id, held)
+        self._hold_for(sequence, held)
+        self._port.hold(key, handoff_id, held, first_token)
+        return self._offer(sequence, handoff_id)
+
+    def _hold_for(self, sequence: _Sequence, block_ids: list[int]) -> None:
+        """Keep blocks until the port says that nobody reads them any more."""
+        assert sequence.request.produce is not None
+        self._held[sequence.request.request_id] = (sequence.request.produce, block_ids)
+
+    def _offer(self, sequence: _Sequence, handoff_id: HandoffId) -> Offer:
         return Offer(
             handoff_id,
             self._worker_id,
@@ -323,19 +351,31 @@ class SimulatedEngine:
             self._port.fingerprint,
             self._port.endpoints,
             sequence.num_prompt,
-            num_held,
+            self._num_blocks(sequence.num_prompt),
             self._lease_s,
         )
 
-    def _write_blocks(self, sequence: _Sequence) -> None:
-        """Fill the blocks of a prompt computed here; pulled ones are left as they came."""
+    def _grow(self) -> None:
+        """Let the whole blocks that the step has computed of prompts be pulled."""
+        for sequence in self._running:
+            produce, num_before = sequence.request.produce, sequence.num_written
+            if produce is None or not sequence.is_held:
+                continue
+            self._write_blocks(sequence, sequence.num_computed // self._model.block_size)
+            grown = sequence.block_ids[num_before : sequence.num_written]
+            if grown:
+                self._port.grow(produce, grown)
+
+    def _write_blocks(self, sequence: _Sequence, num_blocks: int) -> None:
+        """Fill the first blocks of a prompt computed here; pulled ones are left as they came."""
         if sequence.num_transferred:
             return
         prompt, size = sequence.request.prompt_token_ids, self._model.block_size
-        for index in range(self._num_blocks(sequence.num_prompt)):
+        for index in range(sequence.num_written, num_blocks):
             end = min((index + 1) * size, sequence.num_prompt)
             content = block_content(prompt, end, self._section.block_bytes)
             self._port.write(sequence.block_ids[index], content)
+        sequence.num_written = max(sequence.num_written, num_blocks)
 
     def _digest_blocks(self, sequence: _Sequence) -> bytes:
         digest = hashlib.sha256()

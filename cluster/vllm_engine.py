@@ -7,6 +7,7 @@ own client and skips `AsyncLLM`. The KV connector is named by path: this part do
 
 import asyncio
 import importlib
+import logging
 import os
 import re
 import secrets
@@ -39,14 +40,27 @@ from cluster.engine import (
     EngineRequest,
     HandoffWords,
 )
-from cluster.engine_control import CODEC, AskFailure, AskLoad, BlockLoad, DropHandoffs, PullFailure
+from cluster.engine_control import (
+    CODEC,
+    NEWS_SUFFIX,
+    AskFailure,
+    AskLoad,
+    Begun,
+    BlockLoad,
+    DropHandoffs,
+    PullFailure,
+)
 from cluster.messages import PrefillStats, Receipt
+from cluster.metrics import MALFORMED_FRAMES
 from cluster.names import FinishReason, HandoffId, RequestId, WorkerId
 from cluster.vllm_documents import (
     logprobs_document,
     prompt_logprobs_document,
     sampling_from_document,
 )
+from cluster.wire import WireError
+
+logger = logging.getLogger(__name__)
 
 _CONTROL_TIMEOUT_MS = 5000
 # A stop takes about 1 s of CPU; vLLM kills what has not ended after this, and leaks its memory.
@@ -137,6 +151,7 @@ class VllmEngine:
         # Those whose first token is part of what vLLM takes for their prompt.
         self._continued: set[str] = set()
         self._client: AsyncMPClient | None = None
+        self._news: zmq.asyncio.Socket | None = None
         self._control_lock = asyncio.Lock()
 
     async def start(self) -> EngineFacts:
@@ -152,6 +167,11 @@ class VllmEngine:
             executor_class=Executor.get_class(self._config),
             log_stats=False,
         )
+        # Not before the engine's processes, which may be forked from this one.
+        self._news = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        self._news.setsockopt(zmq.LINGER, 0)
+        self._news.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
+        self._news.bind(self._control_endpoint + NEWS_SUFFIX)
         load = await self._ask_load(AskLoad())
         return EngineFacts(
             model=self._settings.model.name,
@@ -237,11 +257,13 @@ class VllmEngine:
         if request.produce is not None and sampling.max_tokens != 1:
             extra["kv_transfer_params"] = words.produce_params(request.produce)
         if request.consume is not None:
-            extra["kv_transfer_params"] = words.consume_params(request.consume)
+            extra["kv_transfer_params"] = words.consume_params(
+                request.consume, request.awaits_token
+            )
         sampling.extra_args = extra or None
         if request.produce is not None:
             sampling.max_tokens, sampling.min_tokens = 1, min(sampling.min_tokens, 1)
-        if request.first_token is not None:
+        if request.first_token is not None or request.awaits_token:
             assert sampling.max_tokens is not None, "the router's input processor sets it"
             sampling.max_tokens -= 1
             sampling.min_tokens = max(sampling.min_tokens - 1, 0)
@@ -249,13 +271,25 @@ class VllmEngine:
 
     async def outputs(self) -> AsyncIterator[Sequence[EngineOutput]]:
         """Yield each engine step's news; raise `EngineDead` when the engine is."""
-        while True:
-            try:
-                batch = await self._core.get_output_async()
-            except EngineDeadError as error:
-                raise EngineDead(f"vLLM engine of {self._settings.worker_id} died") from error
-            if batch.outputs:
-                yield [await self._output(output) for output in batch.outputs]
+        assert self._news is not None, "start() first"
+        step = asyncio.ensure_future(self._core.get_output_async())
+        news = asyncio.ensure_future(self._news.recv())
+        try:
+            while True:
+                await asyncio.wait((step, news), return_when=asyncio.FIRST_COMPLETED)
+                if news.done():
+                    if (begun := _begun(news.result())) is not None:
+                        yield [begun]
+                    news = asyncio.ensure_future(self._news.recv())
+                if step.done():
+                    if step.result().outputs:
+                        yield [await self._output(output) for output in step.result().outputs]
+                    step = asyncio.ensure_future(self._core.get_output_async())
+        except EngineDeadError as error:
+            raise EngineDead(f"vLLM engine of {self._settings.worker_id} died") from error
+        finally:
+            step.cancel()
+            news.cancel()
 
     async def _output(self, output: EngineCoreOutput) -> EngineOutput:
         request_id = RequestId(output.request_id)
@@ -339,11 +373,26 @@ class VllmEngine:
         """End the engine's processes; safe to call twice and on an engine that is dead."""
         if self._client is not None:
             await asyncio.to_thread(self._client.shutdown, _STOP_S)
+        if self._news is not None:
+            self._news.close()
 
     @property
     def _core(self) -> AsyncMPClient:
         assert self._client is not None, "start() first"
         return self._client
+
+
+def _begun(frame: bytes) -> EngineOutput | None:
+    """Return the news that a prompt is being computed; None for what is no news of the engine's."""
+    try:
+        news = CODEC.decode(frame)
+    except WireError as error:
+        MALFORMED_FRAMES.labels("engine").inc()
+        logger.warning("dropped a malformed frame from the engine: %s", error)
+        return None
+    if not isinstance(news, Begun):
+        return None
+    return EngineOutput(RequestId(news.request_id), offer=news.offer)
 
 
 def _cpu_defaults() -> dict[str, Any]:

@@ -10,7 +10,16 @@ import zlib
 
 from cluster.config import ModelSection
 from cluster.errors import HandoffFailed, TandemError
-from cluster.messages import Decode, Failed, Prefill, Prefilled, Receipt, Rejected, Tokens
+from cluster.messages import (
+    Decode,
+    Failed,
+    Offered,
+    Prefill,
+    Prefilled,
+    Receipt,
+    Rejected,
+    Tokens,
+)
 from cluster.names import HandoffId, RequestId
 from cluster.request_plane import Leg, WorkerLink
 from cluster.worker_state import Pair
@@ -54,6 +63,8 @@ async def prove_handoff(
 
 async def _prefilled(leg: Leg) -> Prefilled:
     message = await leg.receive()
+    if isinstance(message, Offered):
+        message = await leg.receive()
     if isinstance(message, Prefilled):
         return message
     raise HandoffFailed(f"prefill: {_explain(message)}")

@@ -24,6 +24,7 @@ class DecodeRole:
             cache_salt=message.cache_salt,
             priority=message.priority,
             first_token=message.first_token,
+            awaits_token=message.awaits_token,
         )
 
     def report(self, output: EngineOutput) -> Report:

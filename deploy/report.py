@@ -6,7 +6,8 @@ from typing import Any
 from deploy.loadtest.measures import gaps_s, percentile
 from deploy.loadtest.words import RequestRecord
 
-# Decode recomputes the last prompt token to sample from; more means its KV cache did not arrive.
+# Where decode samples the first token, it recomputes the last one of the prompt; more means that
+# the KV cache did not arrive.
 _MAX_RECOMPUTED = 1
 _ORIGINS = ("transferred", "reused", "recomputed", "local")
 

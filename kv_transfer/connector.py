@@ -76,7 +76,7 @@ class TandemConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler.on_blocks_allocated(request, blocks, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: "SchedulerOutput") -> KVConnectorMetadata:
-        return self._scheduler.take_orders()
+        return self._scheduler.take_orders(scheduler_output)
 
     def update_connector_output(self, connector_output: "KVConnectorOutput") -> None:
         self._scheduler.on_worker_output(connector_output)

@@ -12,9 +12,24 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import zmq
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+)
 from vllm.v1.request import RequestStatus
 
-from cluster.engine_control import CODEC, AskFailure, AskLoad, BlockLoad, DropHandoffs, PullFailure
+from cluster.engine_control import (
+    CODEC,
+    NEWS_SUFFIX,
+    AskFailure,
+    AskLoad,
+    Begun,
+    BlockLoad,
+    DropHandoffs,
+    PullFailure,
+)
 from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId
 from cluster.process_guard import die_with_parent, end_quickly
@@ -23,14 +38,29 @@ from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddres
 from kv_transfer.consumer import Pull
 from kv_transfer.layout import num_blocks_for
 from kv_transfer.producer import Hold
-from kv_transfer.protocol import handoff_to_produce, offer_to_consume, offered_params
+from kv_transfer.progress import Progress
+from kv_transfer.protocol import (
+    awaits_token,
+    handoff_to_produce,
+    offer_to_consume,
+    offered_params,
+)
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
+
+# Of these caches a full block stays as it is.
+_ONE_TOKEN_ONE_PLACE = (
+    FullAttentionSpec,
+    MLAAttentionSpec,
+    SlidingWindowSpec,
+    ChunkedLocalAttentionSpec,
+)
 
 
 class SchedulerHalf:
@@ -44,7 +74,11 @@ class SchedulerHalf:
             group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups
         ]
         self._orders = Orders()
+        self._prompts: dict[str, tuple[HandoffId, Request]] = {}
+        self._progress = Progress(list(map(_finished_size, kv_cache_config.kv_cache_groups)))
+        self._news: zmq.Socket[bytes] | None = None
         self._offers: dict[str, Offer] = {}
+        self._awaiting: dict[str, Request] = {}
         self._pulling: set[str] = set()
         self._held: dict[str, tuple[HandoffId, int]] = {}
         self._receipts: dict[str, Receipt] = {}
@@ -69,21 +103,26 @@ class SchedulerHalf:
 
     def on_new_request(self, request: "Request") -> None:
         """Keep the lease of an offer alive while its request waits for local blocks."""
-        offer = offer_to_consume(request.kv_transfer_params)
+        key, params = request.request_id, request.kv_transfer_params
+        handoff_id, offer = handoff_to_produce(params), offer_to_consume(params)
+        if handoff_id is not None:
+            self._prompts[key] = handoff_id, request
         if offer is not None:
-            self._offers[request.request_id] = offer
+            self._offers[key] = offer
             self._orders.announced.append(offer)
+            if awaits_token(params):
+                self._awaiting[key] = request
 
     def num_tokens_to_pull(self, request: "Request", num_computed: int) -> tuple[int, bool]:
         """Return how many prompt tokens beyond `num_computed` the offer brings.
 
-        The last prompt token is always computed here: its logits sample the first token with
-        the request's full sampling parameters.
+        The last token is always computed here, as its logits sample the next one: of the
+        prompt, or the first token that comes with the offer.
         """
         offer = self._offers.get(request.request_id)
         if offer is None or request.num_output_tokens:
             return 0, False
-        num_tokens = _end_of_pull(request, offer) - num_computed
+        num_tokens = self._end_of_pull(request, offer) - num_computed
         return (num_tokens, True) if num_tokens > 0 else (0, False)
 
     def on_blocks_allocated(
@@ -102,7 +141,7 @@ class SchedulerHalf:
     def _pull(
         self, request: "Request", offer: Offer, blocks: "KVCacheBlocks", num_tokens: int
     ) -> Pull:
-        end = _end_of_pull(request, offer)
+        end = self._end_of_pull(request, offer)
         num_present = end - num_tokens
         ids = blocks.get_block_ids()
         block_ids = tuple(
@@ -110,14 +149,60 @@ class SchedulerHalf:
             for group, size in zip(ids, self._block_sizes, strict=True)
         )
         first_blocks = tuple(num_present // size for size in self._block_sizes)
-        return Pull(request.request_id, offer, block_ids, first_blocks)
+        is_awaiting = request.request_id in self._awaiting
+        return Pull(request.request_id, offer, block_ids, first_blocks, is_awaiting)
 
-    def take_orders(self) -> Orders:
-        """Return what the worker halves are to do with this step."""
+    def _end_of_pull(self, request: "Request", offer: Offer) -> int:
+        num_wanted = int(request.num_prompt_tokens) - (request.request_id not in self._awaiting)
+        return min(offer.num_tokens, num_wanted)
+
+    def take_orders(self, step: "SchedulerOutput") -> Orders:
+        """Return what the worker halves are to do with this step, before it computes."""
+        self._follow(step)
+        self._orders.is_idle = step.total_num_scheduled_tokens == 0
         while self._drops:
             self._orders.drops.append(self._drops.popleft())
         orders, self._orders = self._orders, Orders()
         return orders
+
+    def _follow(self, step: "SchedulerOutput") -> None:
+        """Let what earlier steps have finished of open prompts be pulled during this one."""
+        for key in step.preempted_req_ids or ():
+            # Its blocks may be another request's in this very step.
+            if (revoked := self._progress.revoke(key)) is not None:
+                self._orders.revoked.append(revoked)
+        for new in step.scheduled_new_reqs:
+            self._begin(new.req_id)
+            self._grow(new.req_id, new.block_ids, new.num_computed_tokens)
+        cached = step.scheduled_cached_reqs
+        for key, blocks, num_computed in zip(
+            cached.req_ids, cached.new_block_ids, cached.num_computed_tokens, strict=True
+        ):
+            self._grow(key, blocks, num_computed)
+
+    def _begin(self, key: str) -> None:
+        """Open a prompt that is computed from now on, and tell the worker of it, once."""
+        handoff_id, request = self._prompts.get(key, (None, None))
+        if handoff_id is None or request is None or key in self._progress:
+            return
+        self._progress.begin(key, handoff_id)
+        self._orders.opened.append((handoff_id, key))
+        num_tokens = int(request.num_prompt_tokens)
+        num_blocks = num_blocks_for(num_tokens, self._block_sizes[0])
+        self._tell(Begun(key, self._offer(handoff_id, num_tokens, num_blocks)))
+
+    def _grow(self, key: str, blocks: tuple[list[int], ...] | None, num_computed: int) -> None:
+        growth = self._progress.step(key, blocks, num_computed)
+        if growth is not None:
+            self._orders.grown.append(growth)
+
+    def _tell(self, begun: Begun) -> None:
+        if self._news is None:
+            self._news = zmq.Context.instance().socket(zmq.PUSH)
+            self._news.setsockopt(zmq.LINGER, 0)
+            self._news.setsockopt(zmq.SNDHWM, 0)
+            self._news.connect(self._settings.control_endpoint + NEWS_SUFFIX)
+        self._news.send(CODEC.encode(begun))
 
     def on_worker_output(self, output: "KVConnectorOutput") -> None:
         """Take in which holds ended and what pulls brought."""
@@ -136,6 +221,18 @@ class SchedulerHalf:
                 self._failures[key] = report.failures[key]
             elif key in self._pulling:
                 self._receipts[key] = receipt
+                self._go_on(key, report.tokens.get(key))
+
+    def _go_on(self, key: str, token: int | None) -> None:
+        """Put an awaited first token behind its prompt, before vLLM takes the request up again."""
+        request = self._awaiting.pop(key, None)
+        if request is None or token is None:
+            return
+        assert request.prompt_token_ids is not None, "a pulled prompt has token ids"
+        request.prompt_token_ids.append(token)
+        request._all_token_ids.append(token)
+        request.num_prompt_tokens += 1
+        request.update_block_hashes()
 
     def on_request_finished(
         self, request: "Request", block_ids: tuple[list[int], ...]
@@ -144,10 +241,16 @@ class SchedulerHalf:
         key = request.request_id
         handoff_id = handoff_to_produce(request.kv_transfer_params)
         if handoff_id is not None:
+            self._prompts.pop(key, None)
+            opened = self._progress.end(key)
             # Its one token has stopped any other request: there is nothing to go on from.
             if request.status is RequestStatus.FINISHED_LENGTH_CAPPED:
                 return True, offered_params(self._hold(request, handoff_id, block_ids))
-            return False, None
+            if opened is not None:
+                self._orders.abandoned.append((opened, key))
+            # Blocks that may be read are free when the port says so.
+            return opened is not None, None
+        self._awaiting.pop(key, None)
         unused = self._offers.pop(key, None)
         if unused is not None:
             self._orders.given_up.append(unused)
@@ -161,22 +264,28 @@ class SchedulerHalf:
         self, request: "Request", handoff_id: HandoffId, block_ids: tuple[list[int], ...]
     ) -> Offer:
         frozen = tuple(tuple(group) for group in block_ids)
-        self._orders.holds.append(Hold(handoff_id, request.request_id, frozen))
+        first_token = int(request.output_token_ids[0])
+        self._orders.holds.append(Hold(handoff_id, request.request_id, frozen, first_token))
         self._held[request.request_id] = (handoff_id, sum(map(len, frozen)))
+        return self._offer(handoff_id, int(request.num_computed_tokens), len(frozen[0]))
+
+    def _offer(self, handoff_id: HandoffId, num_tokens: int, num_blocks: int) -> Offer:
         return Offer(
             handoff_id,
             self._settings.worker_id,
             self._settings.epoch,
             self._fingerprint,
             self._endpoints,
-            request.num_computed_tokens,
-            len(frozen[0]),
+            num_tokens,
+            num_blocks,
             self._settings.handoff.lease_s,
         )
 
     def close(self) -> None:
         """Let the control thread end; its socket is closed there."""
         self._is_closing = True
+        if self._news is not None:
+            self._news.close()
 
     # The control socket's thread. Reads are of single attributes; orders go through a deque.
 
@@ -220,5 +329,7 @@ class SchedulerHalf:
         )
 
 
-def _end_of_pull(request: "Request", offer: Offer) -> int:
-    return min(offer.num_tokens, int(request.num_prompt_tokens) - 1)
+def _finished_size(group: "KVCacheGroupSpec") -> int | None:
+    """Return the tokens after which a block changes no more; a state changes with every one."""
+    spec = group.kv_cache_spec
+    return spec.block_size if type(spec) in _ONE_TOKEN_ONE_PLACE else None

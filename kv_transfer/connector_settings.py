@@ -15,6 +15,7 @@ from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId, WorkerId
 from kv_transfer.consumer import Pull
 from kv_transfer.producer import Hold
+from kv_transfer.progress import Growth
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +45,15 @@ class PortAddress(KVConnectorHandshakeMetadata):
 
 @dataclass
 class Orders(KVConnectorMetadata):
-    """Scheduler half to worker halves, with each step."""
+    """Scheduler half to worker halves, with each step, and carried out before it computes. In an
+    idle one nothing is computed."""
 
+    is_idle: bool = False
+    opened: list[tuple[HandoffId, str]] = field(default_factory=list)
+    revoked: list[HandoffId] = field(default_factory=list)
+    grown: list[Growth] = field(default_factory=list)
     holds: list[Hold] = field(default_factory=list)
+    abandoned: list[tuple[HandoffId, str]] = field(default_factory=list)
     drops: list[HandoffId] = field(default_factory=list)
     announced: list[Offer] = field(default_factory=list)
     given_up: list[Offer] = field(default_factory=list)
@@ -56,10 +63,12 @@ class Orders(KVConnectorMetadata):
 
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
-    """Worker halves to scheduler half: receipts and failures by request, port totals."""
+    """Worker halves to scheduler half: receipts, failures and awaited first tokens by request,
+    port totals."""
 
     receipts: dict[str, Receipt]
     failures: dict[str, str]
+    tokens: dict[str, int]
     totals: dict[str, int]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
@@ -69,6 +78,7 @@ class WorkerReport(KVConnectorWorkerMetadata):
             ours = self.receipts.get(key)
             self.receipts[key] = theirs if ours is None else _sum(ours, theirs)
         self.failures |= other.failures
+        self.tokens |= other.tokens
         for kind, count in other.totals.items():
             self.totals[kind] = self.totals.get(kind, 0) + count
         return self

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 
+# What a step that computes nothing waits for the port to have news, instead of asking it every
+# millisecond; a request that comes meanwhile is scheduled as much later.
+_IDLE_WAIT_S = 0.005
+
+
 class UnsupportedCache(ValueError):
     """This model's KV cache cannot be handed over; the engine refuses to start."""
 
@@ -62,6 +67,7 @@ class WorkerHalf:
         self._port: HandoffPort | None = None
         self._report: WorkerReport | None = None
         self._last_totals: dict[str, int] = {}
+        self._is_idle = False
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Open the port over the engine's KV tensors; raise `UnsupportedCache`."""
@@ -79,8 +85,14 @@ class WorkerHalf:
             groups.append(GroupLayout(group.kv_cache_spec.block_size, sizes))
         store = ArrayBlockStore(BlockLayout(tuple(groups), self._identity()), regions)
         settings = self._settings
-        keys = key_source(settings.keys)
-        self._port = HandoffPort(store, settings.handoff, settings.epoch, self._rank, keys=keys)
+        self._port = HandoffPort(
+            store,
+            settings.handoff,
+            settings.epoch,
+            self._rank,
+            self._vllm_config.scheduler_config.max_num_batched_tokens,
+            keys=key_source(settings.keys),
+        )
         self._fingerprint = store.layout.fingerprint
 
     def _identity(self) -> dict[str, str | int]:
@@ -101,8 +113,17 @@ class WorkerHalf:
     def carry_out(self, orders: "KVConnectorMetadata") -> None:
         """Hand this step's orders to the port's thread."""
         assert isinstance(orders, Orders) and self._port is not None
+        self._is_idle = orders.is_idle
+        for handoff_id, key in orders.opened:
+            self._port.open(handoff_id, key)
+        for handoff_id in orders.revoked:
+            self._port.revoke(handoff_id)
+        for growth in orders.grown:
+            self._port.grow(growth)
         for hold in orders.holds:
             self._port.hold(hold)
+        for handoff_id, key in orders.abandoned:
+            self._port.abandon(handoff_id, key)
         for handoff_id in orders.drops:
             self._port.abort(handoff_id)
         for offer in orders.announced:
@@ -117,12 +138,15 @@ class WorkerHalf:
     def take_results(self) -> KVConnectorTransferResults:
         """Return, each key once, the holds and pulls that ended since the last step."""
         assert self._port is not None
+        if self._is_idle:
+            self._port.wait(_IDLE_WAIT_S)
         freed, pulls = self._port.take_freed(), self._port.take_pulls()
         failures = {pull.key: pull.failure for pull in pulls if pull.failure}
         totals = self._port.totals()
         if pulls or totals != self._last_totals:
             receipts = {pull.key: pull.receipt for pull in pulls}
-            self._report = WorkerReport(receipts, failures, totals)
+            tokens = {p.key: p.first_token for p in pulls if p.first_token is not None}
+            self._report = WorkerReport(receipts, failures, tokens, totals)
             self._last_totals = totals
         return KVConnectorTransferResults(
             finished_sending=set(freed),

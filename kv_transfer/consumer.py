@@ -21,6 +21,7 @@ from kv_transfer.layout import Read, plan_reads
 from kv_transfer.protocol import (
     Blocks,
     ConsumerMessage,
+    Filling,
     ReadBlocks,
     Refused,
     Release,
@@ -34,12 +35,16 @@ Damage = Callable[[Read, memoryview], memoryview]
 
 @dataclass(frozen=True, slots=True)
 class Pull:
-    """Fetch `offer` into local blocks, by group and position, from `first_blocks` on."""
+    """Fetch `offer` into local blocks, by group and position, from `first_blocks` on.
+
+    With `awaits_token` it is loaded only with the first token, which comes with the last blocks.
+    """
 
     key: str
     offer: Offer
     block_ids: tuple[tuple[int, ...], ...]
     first_blocks: tuple[int, ...]
+    awaits_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +61,10 @@ class _Active:
     handoff: ConsumerHandoff
     started: float
     progressed: float
+    heard: float
+    # Since when the whole prompt has been there to be read, by our clock.
+    complete: float | None = None
+    first_token: int | None = None
     num_blocks: int = 0
     received_bytes: int = 0
     produced_bytes: int = 0
@@ -74,7 +83,8 @@ class Consumer:
     """Starts, feeds and ends pulls; `results` collects one result per pull, always.
 
     `rank` picks the producer's endpoint: ranks of one tensor-parallel degree pair off.
-    `damage`, of tests, sees every chunk asked for before it is checked.
+    `damage`, of tests, sees every chunk asked for before it is checked. `step_tokens` is how much
+    of a prompt producers compute at a time.
     """
 
     def __init__(
@@ -87,6 +97,7 @@ class Consumer:
         renew_s: float,
         is_checksummed: bool,
         damage: Damage | None = None,
+        step_tokens: int | None = None,
     ) -> None:
         self.results: list[EndedPull] = []
         self.counts: Counter[str] = Counter()
@@ -102,6 +113,7 @@ class Consumer:
         self._renew_s = renew_s
         self._is_checksummed = is_checksummed
         self._damage_received = damage
+        self._step_tokens = step_tokens
         self._active: dict[HandoffId, _Active] = {}
         self._by_key: dict[str, HandoffId] = {}
         self._announced: dict[HandoffId, _Announced] = {}
@@ -129,8 +141,14 @@ class Consumer:
         if offer.handoff_id in self._active:
             self._report(pull, "this hand-off is being pulled already", Receipt(0, 0, 0, 0.0))
             return
-        reads = plan_reads(self._store.layout, pull.block_ids, pull.first_blocks, self._chunk_bytes)
-        active = _Active(pull, ConsumerHandoff(tuple(reads), self._window), now, now)
+        reads = plan_reads(
+            self._store.layout,
+            pull.block_ids,
+            pull.first_blocks,
+            self._chunk_bytes,
+            self._step_tokens,
+        )
+        active = _Active(pull, ConsumerHandoff(tuple(reads), self._window), now, now, now)
         self._active[offer.handoff_id] = active
         self._by_key[pull.key] = offer.handoff_id
         mismatch = self._mismatch(offer)
@@ -147,14 +165,17 @@ class Consumer:
             yield from self._fail(self._active[handoff_id], "cancelled")
 
     def handle(
-        self, message: Blocks | Refused, payload: Payload | None, now: float
+        self, message: Blocks | Filling | Refused, payload: Payload | None, now: float
     ) -> Iterable[Order]:
         """Act on one message; late or foreign ones are counted and dropped.
 
         `payload` is the parcel of a `Blocks`, None if it was not there.
         """
         active = self._active.get(message.handoff_id)
-        if active is None:
+        if isinstance(message, Filling):
+            if active is not None:
+                self._active[message.handoff_id] = replace(active, heard=now)
+        elif active is None:
             self.counts["chunks_late"] += 1
         elif isinstance(message, Refused):
             yield from self._fail(active, f"refused: {message.cause.value}: {message.detail}")
@@ -164,7 +185,7 @@ class Consumer:
     def tick(self, now: float) -> Iterable[Order]:
         """Fail pulls that stall; renew leases of what waits for local blocks."""
         for active in list(self._active.values()):
-            if now - active.progressed >= self._stall_timeout_s:
+            if now - active.heard >= self._stall_timeout_s:
                 waited = f"no data for {self._stall_timeout_s:.1f} s"
                 address = plain_address(self._endpoint(active.pull.offer))
                 yield from self._fail(active, f"{waited} from {address}")
@@ -205,6 +226,9 @@ class Consumer:
             active,
             handoff=handoff,
             progressed=now,
+            heard=now,
+            complete=active.complete if message.held_s is None else now - message.held_s,
+            first_token=active.first_token if message.held_s is None else message.first_token,
             num_blocks=active.num_blocks + read.num_blocks,
             received_bytes=active.received_bytes + content.nbytes,
             # Chunks of several connections overtake each other; the count only grows.
@@ -252,17 +276,23 @@ class Consumer:
         # Reads on their way may be waiting for just this room; the release returns the rest.
         if taken and active.handoff.asked:
             yield self._order(offer, Renew(offer.handoff_id, offer.epoch, taken))
-        if active.handoff.state is ConsumerState.LOADED:
+        if active.handoff.state is not ConsumerState.LOADED:
+            return
+        if active.pull.awaits_token and active.first_token is None:
+            # It would be decoded from the wrong place.
+            yield from self._end(active, "the producer sent no first token")
+        else:
             yield from self._end(active)
 
     def _fail(self, active: _Active, reason: str) -> Iterable[Order]:
-        yield from self._end(replace(active, handoff=active.handoff.fail(reason)))
+        yield from self._end(replace(active, handoff=active.handoff.fail(reason)), reason)
 
-    def _end(self, active: _Active) -> Iterable[Order]:
-        offer, failure = active.pull.offer, active.handoff.failure
+    def _end(self, active: _Active, failure: str | None = None) -> Iterable[Order]:
+        offer = active.pull.offer
         del self._active[offer.handoff_id]
         del self._by_key[active.pull.key]
-        transfer_s = active.progressed - active.started
+        # What was read while the prompt was computed has kept nobody waiting.
+        transfer_s = active.progressed - max(active.started, active.complete or active.started)
         receipt = Receipt(
             active.num_blocks,
             active.received_bytes,
@@ -272,13 +302,16 @@ class Consumer:
         )
         if failure is None:
             self._pulling.add(transfer_s)
-        self._report(active.pull, failure, receipt)
+        self._report(active.pull, failure, receipt, active.first_token)
         if self._has_endpoint(offer):
             yield self._order(offer, Release(offer.handoff_id, offer.epoch, failure is None))
 
-    def _report(self, pull: Pull, failure: str | None, receipt: Receipt) -> None:
+    def _report(
+        self, pull: Pull, failure: str | None, receipt: Receipt, first_token: int | None = None
+    ) -> None:
         self.counts["pulls_loaded" if failure is None else "pulls_failed"] += 1
-        self.results.append(EndedPull(pull.key, failure, receipt))
+        token = first_token if pull.awaits_token else None
+        self.results.append(EndedPull(pull.key, failure, receipt, token))
 
     def _has_endpoint(self, offer: Offer) -> bool:
         """Whether the offer names a port for this rank; offers come from the wire."""

@@ -1,8 +1,11 @@
 """The life of a hand-off on either side, as two tables. No I/O, no clock, no engine.
 
-Producer: HELD -> SENDING -> RELEASED, or EXPIRED, or ABORTED. Blocks are freed once, when a
-hand-off has ended *and* no send is reading them: an end that arrives while sends are in
-flight waits in ENDING, so blocks are freed late, never early.
+Producer: FILLING while the prompt is computed, FEEDING while blocks of it that are finished are
+sent; complete it is HELD -> SENDING -> RELEASED, or EXPIRED, or ABORTED. Blocks are freed once,
+when a hand-off has ended *and* no send is reading them: an end that arrives while sends are in
+flight waits in ENDING, so blocks are freed late, never early. Before it is complete the blocks
+are the engine's to take back (preemption): that is another `revision`, and what was read in the
+one before is not sent.
 
 Consumer: OFFERED -> FETCHING -> LOADED, or FAILED. Exactly one report leaves each side.
 
@@ -20,6 +23,8 @@ class IllegalEvent(ValueError):
 
 
 class ProducerState(enum.Enum):
+    FILLING = "filling"
+    FEEDING = "feeding"
     HELD = "held"
     SENDING = "sending"
     ENDING = "ending"
@@ -31,6 +36,8 @@ class ProducerState(enum.Enum):
 class ProducerEvent(enum.Enum):
     READ_STARTED = "read started"
     READ_ENDED = "read ended"
+    REVOKED = "revoked"
+    COMPLETED = "completed"
     RELEASED = "released"
     EXPIRED = "expired"
     ABORTED = "aborted"
@@ -41,27 +48,45 @@ _P, _PE = ProducerState, ProducerEvent
 _ENDS = {_PE.RELEASED: _P.RELEASED, _PE.EXPIRED: _P.EXPIRED, _PE.ABORTED: _P.ABORTED}
 
 PRODUCER_TABLE: dict[tuple[ProducerState, ProducerEvent], ProducerState] = {
+    (_P.FILLING, _PE.READ_STARTED): _P.FEEDING,
+    (_P.FEEDING, _PE.READ_STARTED): _P.FEEDING,
+    (_P.FEEDING, _PE.READ_ENDED): _P.FEEDING,
+    (_P.FILLING, _PE.REVOKED): _P.FILLING,
+    (_P.FEEDING, _PE.REVOKED): _P.FEEDING,
+    (_P.FILLING, _PE.COMPLETED): _P.HELD,
+    (_P.FEEDING, _PE.COMPLETED): _P.SENDING,
     (_P.HELD, _PE.READ_STARTED): _P.SENDING,
     (_P.SENDING, _PE.READ_STARTED): _P.SENDING,
     (_P.SENDING, _PE.READ_ENDED): _P.SENDING,
     (_P.ENDING, _PE.READ_ENDED): _P.ENDING,
+    # While it is computed nobody but the engine can end it.
+    (_P.FILLING, _PE.ABORTED): _P.ABORTED,
+    (_P.FEEDING, _PE.ABORTED): _P.ENDING,
     **{(_P.HELD, event): state for event, state in _ENDS.items()},
     **{(_P.SENDING, event): _P.ENDING for event in _ENDS},
 }
+_WITHOUT_SENDS = {_P.FEEDING: _P.FILLING, _P.SENDING: _P.HELD}
 
 
 @dataclass(frozen=True, slots=True)
 class ProducerHandoff:
-    """One held KV cache. `end` is what it will have ended as once its sends are over."""
+    """One KV cache. `end` is what it will have ended as once its sends are over; `revision`
+    counts how often its blocks were taken back while it was computed."""
 
     state: ProducerState = ProducerState.HELD
     num_sends: int = 0
     end: ProducerState | None = None
+    revision: int = 0
 
     @property
     def is_readable(self) -> bool:
-        """Whether a read may be served: only while nobody has ended the hand-off."""
-        return self.state in (ProducerState.HELD, ProducerState.SENDING)
+        """Whether a read of finished blocks may be served: until somebody ends the hand-off."""
+        return self.is_filling or self.state in (ProducerState.HELD, ProducerState.SENDING)
+
+    @property
+    def is_filling(self) -> bool:
+        """Whether the prompt is still being computed."""
+        return self.state in (ProducerState.FILLING, ProducerState.FEEDING)
 
     @property
     def is_over(self) -> bool:
@@ -77,7 +102,9 @@ class ProducerHandoff:
             return replace(self, state=following, num_sends=self.num_sends + 1)
         if event is ProducerEvent.READ_ENDED:
             return self._after_send()
-        return replace(self, state=following, end=_ENDS[event])
+        if event is ProducerEvent.REVOKED:
+            return replace(self, state=following, revision=self.revision + 1)
+        return replace(self, state=following, end=_ENDS.get(event))
 
     def _after_send(self) -> "ProducerHandoff":
         num_sends = self.num_sends - 1
@@ -85,7 +112,7 @@ class ProducerHandoff:
             return replace(self, num_sends=num_sends)
         if self.end is not None:
             return replace(self, num_sends=0, state=self.end)
-        return replace(self, num_sends=0, state=ProducerState.HELD)
+        return replace(self, num_sends=0, state=_WITHOUT_SENDS[self.state])
 
 
 class ConsumerState(enum.Enum):

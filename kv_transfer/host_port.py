@@ -12,6 +12,7 @@ from kv_transfer.consumer import Pull
 from kv_transfer.layout import BlockLayout
 from kv_transfer.port import HandoffPort
 from kv_transfer.producer import Hold
+from kv_transfer.progress import Growth
 
 
 class HostHandoffPort:
@@ -38,14 +39,25 @@ class HostHandoffPort:
         self._store.gather(0, (block_id,), memoryview(content))
         return bytes(content)
 
-    def hold(self, key: str, handoff_id: HandoffId, block_ids: Sequence[int]) -> None:
-        self._port.hold(Hold(handoff_id, key, (tuple(block_ids),)))
+    def open(self, key: str, handoff_id: HandoffId) -> None:
+        self._port.open(handoff_id, key)
+
+    def grow(self, handoff_id: HandoffId, block_ids: Sequence[int]) -> None:
+        self._port.grow(Growth(handoff_id, (tuple(block_ids),)))
+
+    def hold(
+        self, key: str, handoff_id: HandoffId, block_ids: Sequence[int], first_token: int
+    ) -> None:
+        self._port.hold(Hold(handoff_id, key, (tuple(block_ids),), first_token))
+
+    def abandon(self, key: str, handoff_id: HandoffId) -> None:
+        self._port.abandon(handoff_id, key)
 
     def drop(self, handoff_id: HandoffId) -> None:
         self._port.abort(handoff_id)
 
-    def pull(self, key: str, offer: Offer, block_ids: Sequence[int]) -> None:
-        self._port.pull(Pull(key, offer, (tuple(block_ids),), (0,)))
+    def pull(self, key: str, offer: Offer, block_ids: Sequence[int], awaits_token: bool) -> None:
+        self._port.pull(Pull(key, offer, (tuple(block_ids),), (0,), awaits_token))
 
     def announce(self, offer: Offer) -> None:
         self._port.announce(offer)

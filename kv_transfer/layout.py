@@ -74,15 +74,20 @@ def plan_reads(
     block_ids: Sequence[Sequence[int]],
     first_blocks: Sequence[int],
     chunk_bytes: int,
+    step_tokens: int | None = None,
 ) -> list[Read]:
-    """Cut the blocks to fetch, per group, into reads of about `chunk_bytes`, at least a block.
+    """Cut the blocks to fetch, per group, into reads of about `chunk_bytes`, at least a block,
+    and at most what a producer's step of `step_tokens` finishes: a read waits for all of it.
 
     `block_ids[g]` are the local blocks by position; positions below `first_blocks[g]` are
     there already, and null blocks (outside a sliding window) are not fetched.
     """
     reads: list[Read] = []
     for group, ids in enumerate(block_ids):
-        step = max(1, chunk_bytes // layout.groups[group].block_bytes)
+        facts = layout.groups[group]
+        step = max(1, chunk_bytes // facts.block_bytes)
+        if step_tokens is not None:
+            step = max(1, min(step, step_tokens // facts.block_size))
         for start, end in _runs(ids, first_blocks[group]):
             cuts = range(start, end, step)
             reads += [Read(group, cut, min(step, end - cut)) for cut in cuts]

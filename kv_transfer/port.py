@@ -29,9 +29,11 @@ from kv_transfer.handoff import ProducerEvent
 from kv_transfer.links import Link
 from kv_transfer.parcels import Parcels
 from kv_transfer.producer import Answer, Hold, Producer
+from kv_transfer.progress import Growth
 from kv_transfer.protocol import (
     CODEC,
     Blocks,
+    Filling,
     Greet,
     ReadBlocks,
     Refused,
@@ -66,9 +68,11 @@ class HandoffPort:
         section: HandoffSection,
         epoch: int,
         rank: int = 0,
+        step_tokens: int | None = None,
         transports: Mapping[Via, Transport] | None = None,
         keys: KeySource | None = None,
     ) -> None:
+        self._layout = store.layout
         self._context = zmq.Context(io_threads=section.tcp_connections)
         self._sockets = Sockets(self._context, keys)
         self._listener = self._sockets.open(zmq.ROUTER, _MAX_REQUEST_BYTES)
@@ -87,11 +91,13 @@ class HandoffPort:
             section.lease_s / 3,
             section.checksum,
             faults.damage_of(section.fault, store.layout),
+            step_tokens,
         )
         self.counts: Counter[str] = Counter()
         self._commands: deque[Callable[[], None]] = deque()
         self._freed: deque[str] = deque()
         self._pulls: deque[EndedPull] = deque()
+        self._has_news = threading.Event()
         self._links: dict[Peer, Link] = {}
         self._lanes: dict[zmq.Socket[bytes], Peer] = {}
         self._num_lanes = section.tcp_connections
@@ -108,6 +114,22 @@ class HandoffPort:
         return f"<HandoffPort {self.endpoint} {self.producer!r} {self.consumer!r}>"
 
     # Commands: called from the engine's thread.
+
+    def open(self, handoff_id: HandoffId, key: str) -> None:
+        """Let blocks of a prompt be pulled while it is computed; `hold` or `abandon` follows."""
+        num_groups = len(self._layout.groups)
+        self._command(lambda: self.producer.open(handoff_id, key, num_groups))
+
+    def grow(self, growth: Growth) -> None:
+        self._command(lambda: self.producer.grow(growth))
+
+    def revoke(self, handoff_id: HandoffId) -> None:
+        """The blocks of an open prompt are about to be used for something else."""
+        self._command(lambda: self.producer.revoke(handoff_id))
+
+    def abandon(self, handoff_id: HandoffId, key: str) -> None:
+        """An open prompt will not be finished."""
+        self._command(lambda: self.producer.abandon(handoff_id, key))
 
     def hold(self, hold: Hold) -> None:
         self._command(lambda: self.producer.hold(hold, time.monotonic()))
@@ -127,6 +149,11 @@ class HandoffPort:
 
     def cancel(self, key: str) -> None:
         self._command(lambda: self._send(self.consumer.cancel(key)))
+
+    def wait(self, timeout_s: float) -> None:
+        """Return as soon as a hold or a pull has ended since the last call."""
+        self._has_news.wait(timeout_s)
+        self._has_news.clear()
 
     def take_freed(self) -> list[str]:
         """Return and forget the engine keys whose holds ended since the last call."""
@@ -196,8 +223,11 @@ class HandoffPort:
             else:
                 self._receive(socket)
         self._tick()
-        self._freed.extend(_take(self.producer.freed))
-        self._pulls.extend(_take(self.consumer.results))
+        freed, pulls = _take(self.producer.freed), _take(self.consumer.results)
+        self._freed.extend(freed)
+        self._pulls.extend(pulls)
+        if freed or pulls:
+            self._has_news.set()
 
     def _run_commands(self) -> None:
         while self._commands:
@@ -254,7 +284,7 @@ class HandoffPort:
         elif isinstance(message, Blocks):
             payload = link.open(message, frames[1].buffer if len(frames) == 2 else None)
             self._send(self.consumer.handle(message, payload, now))
-        elif isinstance(message, Refused):
+        elif isinstance(message, Filling | Refused):
             self._send(self.consumer.handle(message, None, now))
         else:
             self.counts["frames_malformed"] += 1

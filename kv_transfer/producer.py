@@ -14,12 +14,14 @@ import xxhash
 from cluster.names import HandoffId
 from cluster.stages import StageClock
 from kv_transfer.blocks import BlockStore
-from kv_transfer.handoff import ProducerEvent, ProducerHandoff
+from kv_transfer.handoff import ProducerEvent, ProducerHandoff, ProducerState
 from kv_transfer.leases import LeaseTable
 from kv_transfer.parcels import Parcels
+from kv_transfer.progress import Growth
 from kv_transfer.protocol import (
     Blocks,
     ConsumerMessage,
+    Filling,
     Greet,
     ProducerMessage,
     ReadBlocks,
@@ -40,17 +42,22 @@ if TYPE_CHECKING:
 UNKNOWN_GRACE_S = 2.5
 # A read waits this long for room where its consumer likes it best, then goes any other way.
 ROOM_GRACE_S = 0.05
+# How often a consumer whose reads wait for the engine hears that they do, before it calls them
+# stalled.
+_FILLING_S = 0.3
 # Hand-offs remembered after their end, so that a late read is refused without that wait.
 _ENDED_KEPT = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Blocks of one finished prompt, by group and position; `key` is the engine's request."""
+    """Blocks of one finished prompt, by group and position, and the first token that was sampled
+    from it, if it is the client's; `key` is the engine's request."""
 
     handoff_id: HandoffId
     key: str
     block_ids: tuple[tuple[int, ...], ...]
+    first_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +71,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class _Held:
+    """`hold` has the blocks finished so far; `held_since` is None while there are more to come."""
+
     hold: Hold
     handoff: ProducerHandoff
+    held_since: float | None = None
+    is_released: bool = False
     produced_bytes: int = 0
 
 
@@ -106,33 +117,91 @@ class Producer:
         self._held: dict[HandoffId, _Held] = {}
         self._leases = LeaseTable(lease_s)
         self._parked: list[_Parked] = []
+        self._told_s: dict[HandoffId, float] = {}
         self._ended: dict[HandoffId, None] = {}
 
     def __repr__(self) -> str:
         state = f"held={len(self._held)} parked={len(self._parked)} out={len(self._parcels)}"
         return f"<Producer {state}>"
 
+    def open(self, handoff_id: HandoffId, key: str, num_groups: int) -> None:
+        """Let blocks of a prompt be read as they are finished. Only the engine can end this, by
+        `hold` or `abandon`."""
+        if handoff_id in self._held:
+            # Its own end says so.
+            return
+        hold = Hold(handoff_id, key, ((),) * num_groups)
+        self._held[handoff_id] = _Held(hold, ProducerHandoff(ProducerState.FILLING))
+
+    def grow(self, growth: Growth) -> None:
+        """Take in the blocks that a step has finished; the next `tick` answers their reads."""
+        held = self._held.get(growth.handoff_id)
+        if held is not None and held.handoff.is_filling:
+            pairs = zip(held.hold.block_ids, growth.block_ids, strict=True)
+            hold = replace(held.hold, block_ids=tuple(old + new for old, new in pairs))
+            self._held[growth.handoff_id] = replace(held, hold=hold)
+
+    def revoke(self, handoff_id: HandoffId) -> None:
+        """The engine has taken an open prompt's blocks back, and will compute it once more."""
+        held = self._held.get(handoff_id)
+        if held is not None and held.handoff.is_filling:
+            hold = replace(held.hold, block_ids=((),) * len(held.hold.block_ids))
+            self._held[handoff_id] = replace(held, hold=hold)
+            self._advance(handoff_id, ProducerEvent.REVOKED)
+
     def hold(self, hold: Hold, now: float) -> None:
         """Take blocks into custody; reads that came before are answered by the next `tick`.
 
         Answering them here would nest: `catch_up` may run many holds during one gather.
         """
-        if hold.handoff_id in self._held:
+        held = self._held.get(hold.handoff_id)
+        if held is not None and held.handoff.is_filling and held.hold.key == hold.key:
+            self._held[hold.handoff_id] = replace(held, hold=hold, held_since=now)
+            self._advance(hold.handoff_id, ProducerEvent.COMPLETED)
+            self._leases.touch(hold.handoff_id, now)
+            if held.is_released:
+                self.end(hold.handoff_id, ProducerEvent.RELEASED)
+            return
+        if held is not None and held.handoff.is_filling:
+            # Its engine still has the other one's blocks.
+            self.counts["handoffs_duplicate"] += 1
+            self.freed.append(hold.key)
+            return
+        if held is not None:
             # Two prompts under one name: a read could get the other's blocks, so neither is held.
             self.counts["handoffs_duplicate"] += 1
             self.end(hold.handoff_id, ProducerEvent.ABORTED)
             self.freed.append(hold.key)
             return
-        self._held[hold.handoff_id] = _Held(hold, ProducerHandoff())
+        self._held[hold.handoff_id] = _Held(hold, ProducerHandoff(), held_since=now)
         self._leases.touch(hold.handoff_id, now)
 
     def end(self, handoff_id: HandoffId, event: ProducerEvent) -> None:
-        """End a hand-off; one that is already over or unknown is left alone."""
+        """End a hand-off; one that is already over or unknown is left alone.
+
+        While its prompt is computed its end waits for the engine, which has the blocks.
+        """
         held = self._held.get(handoff_id)
-        if held is not None and held.handoff.is_readable:
+        if held is None or not held.handoff.is_readable:
+            return
+        if held.handoff.is_filling:
+            self._held[handoff_id] = replace(held, is_released=True)
+            self._parked = [one for one in self._parked if one.read.handoff_id != handoff_id]
+        else:
             self._leases.end(handoff_id)
             self.counts[f"handoffs_{event.name.lower()}"] += 1
             self._advance(handoff_id, event)
+
+    def abandon(self, handoff_id: HandoffId, key: str) -> None:
+        """The engine gives an open prompt up; its key is in `freed` when nobody reads it."""
+        held = self._held.get(handoff_id)
+        if held is not None and held.handoff.is_filling and held.hold.key == key:
+            self.counts["handoffs_aborted"] += 1
+            self._advance(handoff_id, ProducerEvent.ABORTED)
+        else:
+            # Another prompt has the name: this one was never read.
+            self.counts["handoffs_duplicate"] += 1
+            self.freed.append(key)
 
     def handle(self, peer: bytes, message: ConsumerMessage, now: float) -> Iterable[Answer]:
         """Act on one message; nothing a peer sends raises."""
@@ -150,8 +219,7 @@ class Producer:
             self.counts[f"refused_{Refusal.STALE_EPOCH.value}"] += 1
         elif isinstance(message, Renew):
             self._parcels.take_back(message.handoff_id, message.taken)
-            if message.handoff_id in self._held:
-                self._leases.touch(message.handoff_id, now)
+            self._renew(message.handoff_id, now)
         elif isinstance(message, Release):
             self.end(message.handoff_id, ProducerEvent.RELEASED)
 
@@ -174,11 +242,14 @@ class Producer:
     def _serve(self, entry: _Parked, now: float) -> Iterable[Answer]:
         """Answer a read, or park it until there is room for the answer."""
         peer, read = entry.peer, entry.read
+        if self._is_early(read):
+            yield from self._put_off(entry, now)
+            return
         refusal = self._objection(read)
         if refusal is not None:
             yield self._refuse(peer, read, *refusal)
             return
-        self._leases.touch(read.handoff_id, now)
+        self._renew(read.handoff_id, now)
         num_bytes = read.num_blocks * self._store.layout.groups[read.group].block_bytes
         vias = self._parcels.usable(read.vias, num_bytes)
         if not vias:
@@ -187,13 +258,42 @@ class Producer:
         if now - entry.since < ROOM_GRACE_S:
             vias = vias[:1]
         staged = self._parcels.stage(vias, num_bytes, read.handoff_id, now)
-        if staged is None:
+        answer = self._gather(peer, read, now, *staged) if staged is not None else None
+        if answer is None:
             self._parked.append(entry)
         else:
-            yield self._gather(peer, read, *staged)
+            yield answer
 
-    def _gather(self, peer: bytes, read: ReadBlocks, via: Via, stage: Stage) -> Answer:
-        """Copy the blocks out; announce them only if they are still the hand-off's."""
+    def _is_early(self, read: ReadBlocks) -> bool:
+        """Whether some of the blocks may still be computed."""
+        held = self._held.get(read.handoff_id)
+        if held is None or not held.handoff.is_filling or read.epoch != self._epoch:
+            return False
+        groups = held.hold.block_ids
+        in_range = 0 <= read.group < len(groups) and read.first_block >= 0 < read.num_blocks
+        return in_range and read.first_block + read.num_blocks > len(groups[read.group])
+
+    def _put_off(self, entry: _Parked, now: float) -> Iterable[Answer]:
+        """Keep a read until its blocks are finished, and its reader from giving up meanwhile."""
+        self._parked.append(replace(entry, since=now))
+        handoff_id = entry.read.handoff_id
+        if now - self._told_s.get(handoff_id, -_FILLING_S) >= _FILLING_S:
+            self._told_s[handoff_id] = now
+            yield Answer(entry.peer, Filling(handoff_id))
+
+    def _renew(self, handoff_id: HandoffId, now: float) -> None:
+        """Restart a lease; there is none while the engine has the blocks anyway."""
+        held = self._held.get(handoff_id)
+        if held is not None and held.handoff.is_readable and not held.handoff.is_filling:
+            self._leases.touch(handoff_id, now)
+
+    def _gather(
+        self, peer: bytes, read: ReadBlocks, now: float, via: Via, stage: Stage
+    ) -> Answer | None:
+        """Copy the blocks out; announce them only if they are still the hand-off's.
+
+        None if the engine has taken them back meanwhile: it will compute them once more.
+        """
         held = self._held[read.handoff_id]
         positions = slice(read.first_block, read.first_block + read.num_blocks)
         self._advance(read.handoff_id, ProducerEvent.READ_STARTED)
@@ -205,11 +305,16 @@ class Producer:
             # Preemption or an abort may have taken the blocks while they were copied; bytes of a
             # reused block have a valid checksum, so ownership is checked again before sending.
             self._catch_up()
-            is_still_ours = self._held[read.handoff_id].handoff.is_readable
-            answer = self._blocks(peer, read, via, stage) if is_still_ours else None
+            handoff = self._held[read.handoff_id].handoff
+            if not handoff.is_readable:
+                return self._refuse(peer, read, Refusal.ENDED, "ended while being read")
+            if handoff.revision != held.handoff.revision:
+                self.counts["reads_revoked"] += 1
+                self._parcels.take_back(read.handoff_id, (stage.parcel,))
+                return None
+            return self._blocks(peer, read, via, stage, now)
         finally:
             self._advance(read.handoff_id, ProducerEvent.READ_ENDED)
-        return answer or self._refuse(peer, read, Refusal.ENDED, "ended while being read")
 
     def _objection(self, read: ReadBlocks) -> tuple[Refusal, str] | None:
         if read.epoch != self._epoch:
@@ -230,7 +335,7 @@ class Producer:
             return Refusal.RANGE, "a block outside the attention window is not held"
         return None
 
-    def _blocks(self, peer: bytes, read: ReadBlocks, via: Via, stage: Stage) -> Answer:
+    def _blocks(self, peer: bytes, read: ReadBlocks, via: Via, stage: Stage, now: float) -> Answer:
         held = self._held[read.handoff_id]
         num_bytes = stage.buffer.nbytes
         produced = held.produced_bytes + num_bytes
@@ -247,6 +352,8 @@ class Producer:
             produced,
             via,
             stage.parcel,
+            None if held.held_since is None else now - held.held_since,
+            held.hold.first_token,
         )
         return Answer(peer, message, stage.frame)
 
@@ -259,6 +366,7 @@ class Producer:
         handoff = held.handoff.advance(event)
         self._held[handoff_id] = replace(held, handoff=handoff)
         if handoff.is_over:
+            self._told_s.pop(handoff_id, None)
             self._parcels.end(handoff_id)
             self.freed.append(held.hold.key)
             del self._held[handoff_id]

@@ -2,11 +2,14 @@
 
 A message is one frame; `Blocks` is followed by one payload frame if it goes `Via.TCP`. The
 consumer drives: it reads, the producer answers, so a consumer without memory simply does not
-ask. Before its first read it greets the producer, and both know how payloads will go.
+ask. Before its first read it greets the producer, and both know how payloads will go. A read of
+blocks that are not computed yet is answered when they are.
 `PROTOCOL_VERSION` history:
 
 1. first version: pull by block range, xxh3-64 per chunk, leases by duration.
 2. transports: `Greet` and `Welcome`, parcels named in `Blocks` and taken in `ReadBlocks`.
+3. blocks leave while the prompt is computed: `Filling`; `Blocks` say for how long it has been
+   complete and bring the first token.
 """
 
 import enum
@@ -18,7 +21,7 @@ from cluster.messages import Offer
 from cluster.names import HandoffId, WorkerId
 from cluster.wire import Codec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 
 class Refusal(enum.StrEnum):
@@ -88,7 +91,9 @@ class Blocks:
     """Producer to consumer: the blocks are in `parcel` of `via`, region by region.
 
     `checksum` is xxh3-64 of the payload, None when switched off; `produced_bytes` counts what
-    the producer has sent for this hand-off so far, this payload included.
+    the producer has sent for this hand-off so far, this payload included. `held_s` is how long
+    the whole prompt has been held, None while it is computed; `first_token` is what was sampled
+    from it.
     """
 
     handoff_id: HandoffId
@@ -100,6 +105,15 @@ class Blocks:
     produced_bytes: int
     via: Via
     parcel: int
+    held_s: float | None = None
+    first_token: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Filling:
+    """Producer to consumer: your reads wait for blocks that are being computed."""
+
+    handoff_id: HandoffId
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +153,12 @@ CODEC = Codec(
         5: Release,
         6: Greet,
         7: Welcome,
+        8: Filling,
     },
 )
 
 ConsumerMessage = Greet | ReadBlocks | Renew | Release
-ProducerMessage = Welcome | Blocks | Refused
+ProducerMessage = Welcome | Blocks | Filling | Refused
 
 _CONSUME, _PRODUCE = "do_remote_prefill", "do_remote_decode"
 
@@ -153,9 +168,9 @@ def produce_params(handoff_id: HandoffId) -> dict[str, Any]:
     return {_PRODUCE: True, "handoff_id": handoff_id}
 
 
-def consume_params(offer: Offer) -> dict[str, Any]:
-    """Return the `kv_transfer_params` that make vLLM pull `offer`."""
-    return {_CONSUME: True, "offer": asdict(offer)}
+def consume_params(offer: Offer, awaits_token: bool) -> dict[str, Any]:
+    """Return the `kv_transfer_params` that make vLLM pull `offer`, with the first token or not."""
+    return {_CONSUME: True, "offer": asdict(offer), "awaits_token": awaits_token}
 
 
 def handoff_to_produce(params: Mapping[str, Any] | None) -> HandoffId | None:
@@ -166,6 +181,11 @@ def handoff_to_produce(params: Mapping[str, Any] | None) -> HandoffId | None:
 def offer_to_consume(params: Mapping[str, Any] | None) -> Offer | None:
     """Return the offer a request is to pull, None if it prefills by itself."""
     return _offer(params["offer"]) if params and params.get(_CONSUME) else None
+
+
+def awaits_token(params: Mapping[str, Any] | None) -> bool:
+    """Return whether a consuming request goes on from a token that comes with its offer."""
+    return bool(params and params.get("awaits_token"))
 
 
 def offered_params(offer: Offer) -> dict[str, Any]:

@@ -9,8 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.engine import EngineOutput, EngineRequest
-from cluster.messages import Decode, Failed, Prefill, Prefilled, Rejected, Tokens
-from cluster.names import FinishReason, HandoffId, RequestId
+from cluster.messages import (
+    FIRST_IS_LAST,
+    Decode,
+    Failed,
+    Offered,
+    Prefill,
+    Prefilled,
+    Rejected,
+    Tokens,
+)
+from cluster.names import HandoffId, RequestId
 from cluster.roles import Ending, Report
 
 _CANCELLED_KEPT = 4096
@@ -53,7 +62,9 @@ class PrefillRole:
         """Offer a finished prompt; one cancelled while it finished is freed instead."""
         request_id = output.request_id
         if output.finish_reason is None:
-            return Report(None)
+            if output.offer is None or request_id not in self._computing:
+                return Report(None)
+            return Report(Offered(request_id, output.offer))
         prompt = self._computing.pop(request_id, None)
         if output.offer is None or output.stats is None:
             return Report(_unheld(output, prompt), is_last=True)
@@ -79,7 +90,7 @@ class PrefillRole:
 
 def _unheld(output: EngineOutput, prompt: _Prompt | None) -> Tokens | Failed:
     """Return what an end without an offer means: the first token was the last, or a failure."""
-    has_ended = output.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+    has_ended = output.finish_reason in FIRST_IS_LAST
     if prompt is None or not prompt.is_sampled or not has_ended:
         return Failed(output.request_id, "engine", f"prefill ended with {output.finish_reason}")
     return Tokens(

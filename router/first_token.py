@@ -33,7 +33,6 @@ _LOOKS_NOT_BACK = frozenset(
         "output_text_buffer_length",
         "stream_interval",
         "skip_clone",
-        "skip_reading_prefix_cache",
     }
 )
 
@@ -41,6 +40,8 @@ _LOOKS_NOT_BACK = frozenset(
 def may_prefill_sample(sampling: Mapping[str, object]) -> bool:
     """Return whether a prefill worker may sample a request's first token.
 
-    `sampling` holds only what differs from its default, but for lists, which may be empty.
+    `sampling` holds only what differs from its default, or is switched off (`watermarking`, by
+    vLLM's front-end) or empty. 0 is neither: it is a seed, and a number of log-probabilities.
     """
-    return {name for name, value in sampling.items() if value != []} <= _LOOKS_NOT_BACK
+    named = {name for name, value in sampling.items() if value is not False and value != []}
+    return named <= _LOOKS_NOT_BACK

@@ -21,7 +21,7 @@ from cluster.errors import (
     TandemError,
     Unavailable,
 )
-from cluster.messages import Decode, Offer, Prefill, Prefilled, Tokens
+from cluster.messages import FIRST_IS_LAST, Decode, Offer, Offered, Prefill, Prefilled, Tokens
 from cluster.metrics import OPEN_RESERVATIONS
 from cluster.names import FinishReason, HandoffId, RequestId, Role, WorkerId
 from cluster.request_plane import Leg
@@ -36,9 +36,6 @@ from router.records import Outcome, PromptTokens, Records, RequestRecord
 from router.recovery import Cause, Tries, should_retry
 from router.setbacks import EngineFailed, Refused, cause_of, failure_in, outcome_of
 from router.timeline import Event
-
-# How the first token can be the last one.
-_LAST_AT_FIRST = (FinishReason.STOP, FinishReason.LENGTH)
 
 logger = logging.getLogger(__name__)
 
@@ -100,12 +97,12 @@ class Flow:
         while run.last is None:
             try:
                 await self._place(run)
-                first = await self._prefill(run)
-                if first is not None and first.finish_reason is not None:
-                    run.last = self._account(run, first)
-                    continue
-                if first is not None:
-                    yield self._account(run, first)
+                if (first := await self._prefill(run)) is not None:
+                    first = self._account(run, first)
+                    if first.finish_reason is not None:
+                        run.last = first
+                        continue
+                    yield first
                 self._hand_over(run)
                 while (tokens := await self._decode(run)).finish_reason is None:
                     yield self._account(run, tokens)
@@ -205,13 +202,19 @@ class Flow:
             )
         )
         answer = await run.prefill.receive()
+        if isinstance(answer, Offered):
+            # Its blocks go over while the next ones are computed.
+            run.offer, run.side = answer.offer, Role.DECODE
+            self._ask_decode(run, awaits_token=is_sampled)
+            run.side = Role.PREFILL
+            answer = await run.prefill.receive()
         first = None
         if isinstance(answer, Prefilled):
             run.offer = answer.offer
             if is_sampled and answer.first_token is not None:
                 run.first_token = answer.first_token
                 first = Tokens(leg_id, (answer.first_token,), stats=answer.stats)
-        elif isinstance(answer, Tokens) and is_sampled and answer.finish_reason in _LAST_AT_FIRST:
+        elif isinstance(answer, Tokens) and is_sampled and answer.finish_reason in FIRST_IS_LAST:
             first = answer
         else:
             raise failure_in(answer)
@@ -229,9 +232,17 @@ class Flow:
         return Unavailable(answer.reason)
 
     def _hand_over(self, run: "_Run") -> None:
-        """Ask decode for the tokens; it pulls the KV cache itself."""
+        """The tokens are decode's to send from here on; it pulls the KV cache itself."""
         run.check()
         run.side = Role.DECODE
+        if run.decode is None:
+            self._ask_decode(run)
+        assert run.decode is not None
+        if run.prefill is not None:
+            run.prefill.tie(run.decode)
+
+    def _ask_decode(self, run: "_Run", awaits_token: bool = False) -> None:
+        """Ask decode to go on from the prompt, or from the first token where there is one."""
         request = run.request
         run.decode = self._membership.link(run.placed.decode_worker).open(
             Decode(
@@ -242,10 +253,9 @@ class Flow:
                 request.cache_salt,
                 request.priority,
                 run.first_token,
+                awaits_token,
             )
         )
-        if run.prefill is not None:
-            run.prefill.tie(run.decode)
         run.num_received = 0
 
     async def _decode(self, run: "_Run") -> Tokens:
@@ -272,7 +282,7 @@ class Flow:
         """Count what the tokens carry and when they came; return them for the client."""
         now, record = _now(), run.record
         run.is_answered = True
-        if run.decode is not None and not run.is_decoding:
+        if run.side is Role.DECODE and not run.is_decoding:
             run.is_decoding = True
             record.timeline.stamp(Event.DECODING, now)
         # Prefill's are for the client; the record has decode's.

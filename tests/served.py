@@ -50,7 +50,16 @@ class Served:
     client: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=self.url, timeout=120.0)
+        # Serve's proxy closes idle connections when its replicas change, and one reused just then
+        # ends without an answer, as RFC 9112, 9.3.1 lets it: every request gets its own.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.client = httpx.Client(base_url=self.url, timeout=120.0, limits=limits)
+
+    def is_healthy(self) -> bool:
+        """Return whether `/health` answers 200 now; an endpoint that does not answer is not."""
+        with contextlib.suppress(httpx.HTTPError):
+            return self.client.get("/health", timeout=5.0).status_code == 200
+        return False
 
     def complete(self, prompt: str | Sequence[int], **parameters: Any) -> dict[str, Any]:
         """Return the body of a completion; raise for an error status."""
@@ -91,7 +100,11 @@ class Served:
 
 
 def start(command: Sequence[str], url: str, model: str, env: Mapping[str, str] = {}) -> Served:
-    """Start `command` and return when `/health` answers 200; fail with its log if it ends."""
+    """Start `command` and return when `/health` answers 200; fail with its log if it ends.
+
+    Whatever keeps it from serving, it is stopped as `stop` does it: killed, it would leave behind
+    what it has started.
+    """
     log = Path(tempfile.mkstemp(prefix="tandem-test-", suffix=".log")[1])
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -101,14 +114,15 @@ def start(command: Sequence[str], url: str, model: str, env: Mapping[str, str] =
 
     def is_up() -> bool:
         assert process.poll() is None, f"{command[0]} ended: {served.tail()}"
-        with contextlib.suppress(httpx.HTTPError):
-            return served.client.get("/health", timeout=5.0).status_code == 200
-        return False
+        return served.is_healthy()
 
     try:
         wait_until(is_up, START_TIMEOUT_S, f"{url} serves; log: {served.tail()}")
     except BaseException:
-        process.kill()
+        try:
+            stop(served)
+        except subprocess.TimeoutExpired:
+            process.kill()
         raise
     return served
 
@@ -154,7 +168,9 @@ def tandem(name: str, model: Path = BUNDLED_MODEL, **flags: Any) -> Iterator[Ser
 
 
 @contextlib.contextmanager
-def monolith(model: Path = BUNDLED_MODEL, cpus: str = "", **arguments: Any) -> Iterator[Served]:
+def monolith(
+    model: Path = BUNDLED_MODEL, cpus: str = "", env: Mapping[str, str] = {}, **arguments: Any
+) -> Iterator[Served]:
     """Run vLLM's own OpenAI server on one engine, pinned to `cpus` if any are named."""
     port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -163,12 +179,12 @@ def monolith(model: Path = BUNDLED_MODEL, cpus: str = "", **arguments: Any) -> I
     for name, value in arguments.items():
         flag = f"--{name.replace('_', '-')}"
         command += [flag] if value is True else [flag, str(value)]
-    env = {
+    settings = {
         "VLLM_CPU_OMP_THREADS_BIND": cpus or "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
     }
-    served = start(command, f"http://127.0.0.1:{port}", model.name, env)
+    served = start(command, f"http://127.0.0.1:{port}", model.name, {**settings, **env})
     try:
         yield served
     finally:

@@ -2,7 +2,6 @@
 
 import time
 from dataclasses import asdict, dataclass, replace
-from random import Random
 
 from cluster.errors import ConfigError, TandemError, Unavailable
 from deploy.loadtest import workload
@@ -120,7 +119,7 @@ class _Search:
     def _spec(self, step: Measure, seed: int) -> WorkloadSpec:
         """Return the workload sped up by what its own requests need to come at the rate."""
         spec = replace(self._question.spec, num_requests=step.num_requests, duration_s=None)
-        natural_rate = _rate_of(self._site, spec, seed) or self._natural_rate
+        natural_rate = workload.rate_of(spec, self._site.context, seed) or self._natural_rate
         return replace(spec, time_scale=spec.time_scale * step.rate / natural_rate)
 
     def _require_sound(self, document: Document, run: LoadRun) -> None:
@@ -164,19 +163,12 @@ def _natural_rate(site: Site, question: Question) -> float:
     """Return the workload's own mean rate, from its first requests."""
     spec = question.spec
     count = spec.num_requests or _MEASURE_OF_RATE
-    rate = _rate_of(site, replace(spec, num_requests=count), question.seed)
+    rate = workload.rate_of(replace(spec, num_requests=count), site.context, question.seed)
     if rate is None:
         raise ConfigError(
             f"workload {spec.text!r}: its requests come all at once, so it has no rate"
         )
     return rate
-
-
-def _rate_of(site: Site, spec: WorkloadSpec, seed: int) -> float | None:
-    """Return the mean rate of exactly these requests; None if they come all at once."""
-    planned = workload.plan(spec, site.context, Random(seed))
-    span_s = planned[-1].at_s - planned[0].at_s
-    return (len(planned) - 1) / span_s if span_s > 0 else None
 
 
 class Judge:

@@ -53,6 +53,13 @@ def plan(spec: WorkloadSpec, context: int, rng: Random) -> list[Planned]:
     return fit(planned, context, spec.length_scale)
 
 
+def rate_of(spec: WorkloadSpec, context: int, seed: int) -> float | None:
+    """Return the mean requests/s of exactly these requests; None if they come all at once."""
+    planned = plan(spec, context, Random(seed))
+    span_s = planned[-1].at_s - planned[0].at_s
+    return (len(planned) - 1) / span_s if span_s > 0 else None
+
+
 def usage() -> str:
     """Return a text that explains every kind and its keys."""
     return "\n".join(describe(KINDS, Kind))

@@ -110,7 +110,7 @@ _HANDOFFS = Row(
             is_stacked=True,
         ),
         Panel(
-            "Prompt computed to first token",
+            "Prompt computed to decode's first token",
             "The whole hand-off and decode's first step.",
             quantiles("tandem_transfer_seconds"),
             unit="s",

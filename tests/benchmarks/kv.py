@@ -26,6 +26,7 @@ import numpy as np
 
 from cluster.keyring import Keyring
 from cluster.ring_file import RingFile
+from tests.benchmarks.peers import Unavailable, install, make_python
 from tests.benchmarks.sections import table, write_section
 
 SIZES_MB = (1, 8, 64, 256)
@@ -41,10 +42,6 @@ PEERS_DEBIAN = ("libibverbs1", "librdmacm1", "libnl-3-200", "libnl-route-3-200",
 RAW = {"raw 1": "1", "raw 2": "2", "raw 4": "4"}
 
 Speeds = Mapping[tuple[str, int], float]
-
-
-class Unavailable(Exception):
-    """This stack does not run here; the rest is measured without it."""
 
 
 class EndProcess:
@@ -125,11 +122,9 @@ class Stack:
 
 def install_peers(folder: Path) -> tuple[str, dict[str, str]]:
     """Return a Python that has the peers, and its environment; nothing of them is kept."""
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    python = str(folder / "bin" / "python")
+    python = make_python(folder)
     # Without their dependencies: `nixl` would bring a CUDA build of torch.
-    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", *PEERS]
-    subprocess.run(install, check=True)
+    install(python, "--no-deps", *PEERS)
     system = folder / "system"
     if shutil.which("apt-get"):
         downloads = folder / "debian"
@@ -166,8 +161,8 @@ def start_stacks(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="tandem-peers-")))
         try:
             python, environment = install_peers(folder)
-        except subprocess.CalledProcessError as error:
-            missing["peers"] = f"not installable: {error}"
+        except Unavailable as error:
+            missing["peers"] = str(error)
     for name, (kind, options, extra) in kinds.items():
         is_ours = kind in ("raw", "tandem")
         try:

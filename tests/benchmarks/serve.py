@@ -22,20 +22,21 @@ import psutil
 from deploy.models.bench import ensure_bench_model
 from deploy.processes import find_marked
 from deploy.state import DeploymentState
+from tests.benchmarks.engine_settings import (
+    CHUNK_TOKENS,
+    DTYPE,
+    MODEL,
+    tandem_settings,
+    vllm_settings,
+)
 from tests.benchmarks.sections import table, write_section
 from tests.served import Served, monolith, tandem
 
 NAME = "bench"
-MODEL = Path(".cache/bench-model")
 PROMPT_LENGTHS = (128, 512, 1500)
 NUM_NEW_TOKENS = 32
 NUM_ROUNDS = 5
 REQUESTS_PER_ROUND = 1
-# CPUs without bfloat16 instructions take three times as long over it.
-DTYPE = "float32"
-MAX_MODEL_LEN = 2048
-CHUNK_TOKENS = 2048
-KV_CACHE_GIB = 0.5
 # vLLM's processes spin on their core this long after their last step, and both share core 0.
 SETTLE_S = 1.2
 TTFT_LIMIT, ITL_LIMIT = 1.25, 1.1
@@ -51,10 +52,19 @@ class Timing:
 
 def measure(served: Served, prompt: Sequence[int]) -> Timing:
     """Stream one completion and time its tokens where a client sees them."""
+    began, stamps = token_times(served, prompt, NUM_NEW_TOKENS)
+    gaps = [after - before for before, after in itertools.pairwise(stamps)]
+    return Timing(stamps[0] - began, statistics.median(gaps))
+
+
+def token_times(
+    served: Served, prompt: Sequence[int], num_new_tokens: int
+) -> tuple[float, list[float]]:
+    """Return when a streamed completion was asked for, and when each token came, in seconds."""
     body = {
         "model": served.model,
         "prompt": list(prompt),
-        "max_tokens": NUM_NEW_TOKENS,
+        "max_tokens": num_new_tokens,
         "temperature": 0.0,
         "ignore_eos": True,
         "stream": True,
@@ -66,8 +76,7 @@ def measure(served: Served, prompt: Sequence[int]) -> Timing:
         for line in response.iter_lines():
             if line.startswith("data: {") and json.loads(line[6:])["choices"]:
                 stamps.append(time.perf_counter())
-    gaps = [after - before for before, after in itertools.pairwise(stamps)]
-    return Timing(stamps[0] - began, statistics.median(gaps))
+    return began, stamps
 
 
 def proportional_bytes(served: Served, deployment: str | None = None) -> int:
@@ -163,24 +172,8 @@ def main() -> int:
     assert len(os.sched_getaffinity(0)) >= 2, "needs two cores: one per engine"
     model = ensure_bench_model(MODEL)
     with (
-        tandem(
-            NAME,
-            model=model,
-            model__dtype=DTYPE,
-            model__max_model_len=MAX_MODEL_LEN,
-            model__chunk_tokens=CHUNK_TOKENS,
-            model__kv_cache_gib=KV_CACHE_GIB,
-        ) as ours,
-        monolith(
-            model=model,
-            cpus="0",
-            dtype=DTYPE,
-            max_model_len=MAX_MODEL_LEN,
-            max_num_batched_tokens=CHUNK_TOKENS,
-            max_num_seqs=64,
-            enforce_eager=True,
-            kv_cache_memory_bytes=int(KV_CACHE_GIB * 2**30),
-        ) as theirs,
+        tandem(NAME, model=model, **tandem_settings()) as ours,
+        monolith(model=model, cpus="0", **vllm_settings()) as theirs,
     ):
         served = {"tandem": ours, "vllm": theirs}
         memory = {"tandem": proportional_bytes(ours, NAME), "vllm": proportional_bytes(theirs)}

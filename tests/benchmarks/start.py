@@ -22,25 +22,23 @@ from cluster.names import Role, WorkerId
 from cluster.worker_process import WorkerProcess
 from cluster.worker_spec import WorkerSpec
 from deploy.engines import ENGINES, ROLES
+from tests.benchmarks.engine_settings import (
+    DTYPE,
+    KV_CACHE_GIB,
+    MAX_MODEL_LEN,
+    model_section,
+    tandem_settings,
+    vllm_settings,
+)
 from tests.benchmarks.roles import PERIOD_S, RoleTimes, time_roles
 from tests.benchmarks.sections import table, write_section
 from tests.served import monolith, tandem, tandem_status, wait_until
 
 NAME = "bench-start"
 NUM_ROUNDS = 3
-DTYPE = "float32"
-MAX_MODEL_LEN = 2048
-CHUNK_TOKENS = 2048
-KV_CACHE_GIB = 0.5
 REPLACED_WITHIN_S = 120.0
 LIMIT = 0.5
 ROLE_LIMIT_S = 1.0
-ENGINE: dict[str, Any] = {
-    "model__dtype": DTYPE,
-    "model__max_model_len": MAX_MODEL_LEN,
-    "model__chunk_tokens": CHUNK_TOKENS,
-    "model__kv_cache_gib": KV_CACHE_GIB,
-}
 
 
 def decode_worker() -> dict[str, Any] | None:
@@ -66,28 +64,13 @@ def time_replacement() -> float:
 def time_monolith(model: Path) -> float:
     """Return how long vLLM's own server takes to its first healthy answer, in seconds."""
     began = time.monotonic()
-    with monolith(
-        model=model,
-        cpus="0",
-        dtype=DTYPE,
-        max_model_len=MAX_MODEL_LEN,
-        max_num_batched_tokens=CHUNK_TOKENS,
-        max_num_seqs=64,
-        enforce_eager=True,
-        kv_cache_memory_bytes=int(KV_CACHE_GIB * 2**30),
-    ):
+    with monolith(model=model, cpus="0", **vllm_settings()):
         return time.monotonic() - began
 
 
 async def time_template(model: Path) -> tuple[float, float]:
     """Return how long a first fork takes, with the template's own start, and a second one."""
-    section = {
-        "path": str(model),
-        "dtype": DTYPE,
-        "max_model_len": MAX_MODEL_LEN,
-        "chunk_tokens": CHUNK_TOKENS,
-        "kv_cache_gib": KV_CACHE_GIB,
-    }
+    section = {"path": str(model), **model_section()}
     config, worker_id = parse_config({"model": section}), WorkerId("bench")
     engine = ENGINES["vllm"]
     spec = WorkerSpec(worker_id, Role.DECODE, engine, ROLES, config, (0,), "127.0.0.1")
@@ -144,13 +127,13 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
     rounds = parser.parse_args().rounds
     template = asyncio.run(time_template(BUNDLED_MODEL))
-    with tandem(NAME, **ENGINE):
+    with tandem(NAME, **tandem_settings()):
         ours, theirs = [], []
         for _ in range(rounds):
             ours.append(time_replacement())
             theirs.append(time_monolith(BUNDLED_MODEL))
     cold, is_cold_held = cold_start(ours, theirs)
-    changes, are_changes_held = new_roles(time_roles(rounds, **ENGINE))
+    changes, are_changes_held = new_roles(time_roles(rounds, **tandem_settings()))
     once = (
         f"The node's template, once per node: {template[0]:.1f} s from nothing to its first"
         f" fork; a later fork {1e3 * template[1]:.0f} ms."

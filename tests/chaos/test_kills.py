@@ -112,7 +112,7 @@ def test_decode_worker_killed_is_replaced_and_nothing_hangs(
     assert not alive
     replacement = ready_worker("decode")
     assert replacement["pid"] != processes["actor"].pid
-    wait_until(lambda: deployment.client.get("/health").status_code == 200, 30, "healthy again")
+    wait_until(deployment.is_healthy, 30, "healthy again")
     assert deployment.tokens(PROMPTS[0], **PARAMETERS) == expected[0]
 
 
@@ -155,9 +155,7 @@ def test_a_killed_router_leaves_nothing_on_the_workers(
 
     for worker in workers:
         assert asyncio.run(snapshot_of(worker, is_level)) < GONE_WITHIN_S
-    wait_until(
-        lambda: deployment.client.get("/health").status_code == 200, 120, "a new router serves"
-    )
+    wait_until(deployment.is_healthy, 120, "a new router serves")
     assert deployment.tokens(PROMPTS[1], **PARAMETERS) == expected[1]
 
 

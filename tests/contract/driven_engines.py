@@ -1,15 +1,27 @@
-"""A producing engine and a consuming one, driven directly."""
+"""A producing and a consuming engine side by side, for the contract of engines."""
 
+import contextlib
+import json
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import psutil
+import pytest
+
+from cluster import config as tree
+from cluster.config import TandemConfig, parse_config
 from cluster.engine import Engine, EngineFacts, EngineLoad, EngineOutput, EngineRequest
 from cluster.messages import Offer
-from cluster.names import HandoffId, RequestId
+from cluster.names import HandoffId, RequestId, Role, WorkerId
+from cluster.worker_spec import WorkerSpec
+from deploy.engines import simulated_engine, vllm_engine
 from tests.waiting import eventually
 
+LEASE_S, STALL_S = 6.0, 3.2
+HANDOFF = {"lease_s": LEASE_S, "stall_timeout_s": STALL_S, "chunk_bytes": 1 << 16}
 GREEDY: dict[str, object] = {"temperature": 0.0, "max_tokens": 8, "ignore_eos": True}
 FREED_WITHIN_S = 5.0
 
@@ -86,9 +98,57 @@ class Engines:
         assert offer is not None
         return request, offer
 
+    async def begun(self, num_tokens: int) -> tuple[EngineRequest, Offer]:
+        """Return a producing request whose prompt is being computed."""
+        request = self.producing(num_tokens)
+        await self.producer.engine.submit(request)
+        await self.producer.says_something_of(request.request_id)
+        offer = self.producer.outputs[request.request_id][0].offer
+        assert offer is not None
+        return request, offer
+
     async def settle(self) -> None:
         await self.producer.frees_all(self.start[0])
         await self.consumer.frees_all(self.start[1])
+
+
+def _config(model: Path, **model_fields: object) -> TandemConfig:
+    facts = {"path": str(model), "max_model_len": 1024, "chunk_tokens": 256, **model_fields}
+    return parse_config(
+        {
+            "model": {"dtype": "float32", "kv_cache_gib": 0.125, **facts},
+            "handoff": HANDOFF,
+            "simulated": {"prefill_tokens_per_s": 4000},
+        }
+    )
+
+
+def simulated_config(folder: Path) -> TandemConfig:
+    sizes = {"vocab_size": 4096, "max_position_embeddings": 1024}
+    (folder / "config.json").write_text(json.dumps(sizes))
+    return _config(folder, engine="simulated")
+
+
+def vllm_config() -> TandemConfig:
+    if not (tree.BUNDLED_MODEL / "model.safetensors").exists():
+        pytest.skip(f"{tree.BUNDLED_MODEL} has no weights; train it with deploy.models.train")
+    # Nothing here is text.
+    return _config(tree.BUNDLED_MODEL, engine_args={"skip_tokenizer_init": True})
+
+
+def engine_of(config: TandemConfig, role: Role, core: int) -> Engine:
+    spec = WorkerSpec(WorkerId(f"{role.value}-0"), role, "", {}, config, (core,), "127.0.0.1")
+    return vllm_engine(spec) if config.model.engine == "vllm" else simulated_engine(spec)
+
+
+def children() -> set[psutil.Process]:
+    """Return every process below this one but the interpreter's own resource tracker."""
+    living = set()
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "resource_tracker" not in " ".join(child.cmdline()):
+                living.add(child)
+    return living
 
 
 def tokens_of(outputs: list[EngineOutput]) -> list[int]:

@@ -1,62 +1,36 @@
 """What every `Engine` promises, asked of a producing and a consuming one side by side."""
 
 import asyncio
-import contextlib
-import json
 import random
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import pytest_asyncio
 
-from cluster import config as tree
-from cluster.config import TandemConfig, parse_config
-from cluster.engine import Engine, EngineRequest
-from cluster.names import FinishReason, HandoffId, RequestId, Role, WorkerId
-from cluster.worker_spec import WorkerSpec
-from deploy.engines import simulated_engine, vllm_engine
-from tests.contract.driven_engines import FREED_WITHIN_S, GREEDY, Driven, Engines, only, tokens_of
+from cluster.engine import EngineRequest
+from cluster.names import FinishReason, HandoffId, RequestId, Role
+from tests.contract.driven_engines import (
+    FREED_WITHIN_S,
+    GREEDY,
+    LEASE_S,
+    STALL_S,
+    Driven,
+    Engines,
+    children,
+    engine_of,
+    only,
+    simulated_config,
+    tokens_of,
+    vllm_config,
+)
 from tests.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-LEASE_S, STALL_S = 6.0, 3.2
-HANDOFF = {"lease_s": LEASE_S, "stall_timeout_s": STALL_S, "chunk_bytes": 1 << 16}
 # Nobody listens on this port; connecting to it waits without an error.
 NOWHERE = "tcp://127.0.0.1:9"
-
-
-def _config(model: Path, **model_fields: object) -> TandemConfig:
-    facts = {"path": str(model), "max_model_len": 1024, "chunk_tokens": 256, **model_fields}
-    return parse_config(
-        {
-            "model": {"dtype": "float32", "kv_cache_gib": 0.125, **facts},
-            "handoff": HANDOFF,
-            "simulated": {"prefill_tokens_per_s": 4000},
-        }
-    )
-
-
-def _simulated_config(folder: Path) -> TandemConfig:
-    sizes = {"vocab_size": 4096, "max_position_embeddings": 1024}
-    (folder / "config.json").write_text(json.dumps(sizes))
-    return _config(folder, engine="simulated")
-
-
-def _vllm_config() -> TandemConfig:
-    if not (tree.BUNDLED_MODEL / "model.safetensors").exists():
-        pytest.skip(f"{tree.BUNDLED_MODEL} has no weights; train it with deploy.models.train")
-    # Nothing here is text.
-    return _config(tree.BUNDLED_MODEL, engine_args={"skip_tokenizer_init": True})
-
-
-def _engine(config: TandemConfig, role: Role, core: int) -> Engine:
-    spec = WorkerSpec(WorkerId(f"{role.value}-0"), role, "", {}, config, (core,), "127.0.0.1")
-    return vllm_engine(spec) if config.model.engine == "vllm" else simulated_engine(spec)
 
 
 @pytest_asyncio.fixture(
@@ -70,9 +44,9 @@ async def pair(
     """Two engines for all tests of this file; every request must have ended at most once, and
     `stop` leaves no process behind."""
     is_simulated = request.param == "simulated"
-    config = _simulated_config(tmp_path_factory.mktemp("model")) if is_simulated else _vllm_config()
-    before = _children()
-    engines = [_engine(config, Role.PREFILL, 0), _engine(config, Role.DECODE, 1)]
+    config = simulated_config(tmp_path_factory.mktemp("model")) if is_simulated else vllm_config()
+    before = children()
+    engines = [engine_of(config, Role.PREFILL, 0), engine_of(config, Role.DECODE, 1)]
     driven = [Driven(engine, await engine.start()) for engine in engines]
     loops = [asyncio.create_task(side.collect()) for side in driven]
     loads = await asyncio.gather(*(engine.load() for engine in engines))
@@ -83,19 +57,9 @@ async def pair(
     for engine in engines:
         await engine.stop()
         await engine.stop()
-    assert _children() <= before, "stop() left processes behind"
+    assert children() <= before, "stop() left processes behind"
     for side in driven:
         assert set(side.ends.values()) <= {0, 1}, "a request ended twice"
-
-
-def _children() -> set[psutil.Process]:
-    """Return every process below this one but the interpreter's own resource tracker."""
-    living = set()
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if "resource_tracker" not in " ".join(child.cmdline()):
-                living.add(child)
-    return living
 
 
 @pytest_asyncio.fixture(loop_scope="module")
@@ -134,7 +98,8 @@ async def test_produce_offers_and_holds(engines: Engines) -> None:
     outputs = await engines.producer.run(request)
     facts, offer = engines.producer.facts, outputs[-1].offer
     assert outputs[-1].finish_reason is FinishReason.LENGTH and offer is not None
-    assert only(outputs, "offer") is offer
+    # Once when it began, so that its blocks can be pulled as they come, and once held.
+    assert [output.offer for output in outputs] == [offer, offer]
     assert len(tokens_of(outputs)) == 1
     assert (offer.handoff_id, offer.worker_id) == (request.produce, "prefill-0")
     assert (offer.epoch, offer.fingerprint) == (facts.epoch, facts.fingerprint)
@@ -193,6 +158,47 @@ async def test_consume_goes_on_from_a_first_token(engines: Engines, num_tokens: 
     assert len(tokens_of(again)) == 7
 
 
+@pytest.mark.parametrize("num_tokens", [2, 128, 129, 256, 257, 700, 1000])
+@pytest.mark.parametrize("awaits_token", [True, False])
+async def test_blocks_are_pulled_while_the_prompt_is_computed(
+    engines: Engines, num_tokens: int, awaits_token: bool
+) -> None:
+    request, offer = await engines.begun(num_tokens)
+    prompt = request.prompt_token_ids
+    pulled = await engines.consumer.run(
+        engines.request(prompt_token_ids=prompt, consume=offer, awaits_token=awaits_token)
+    )
+    await eventually(lambda: engines.producer.has_ended(request.request_id), 60)
+    first = tokens_of(engines.producer.outputs[request.request_id])
+    local = tokens_of(await engines.producer.run(engines.request(prompt_token_ids=prompt)))
+    assert [*(first if awaits_token else []), *tokens_of(pulled)] == local
+    stats, receipt = only(pulled, "stats"), only(pulled, "receipt")
+    assert stats.num_prompt_tokens == num_tokens
+    assert stats.num_transferred_tokens == num_tokens - (not awaits_token)
+    assert receipt.received_bytes == receipt.produced_bytes > 0
+
+
+async def test_an_abort_of_what_is_being_pulled_ends_both(engines: Engines) -> None:
+    request, offer = await engines.begun(1000)
+    pulling = engines.request(prompt_token_ids=request.prompt_token_ids, consume=offer)
+    await engines.consumer.engine.submit(pulling)
+    await engines.producer.engine.abort([request.request_id])
+    await eventually(lambda: engines.consumer.has_ended(pulling.request_id), 60)
+    (output,) = engines.consumer.outputs[pulling.request_id]
+    assert output.finish_reason is FinishReason.ERROR
+    assert "refused" in (output.handoff_error or "")
+
+
+async def test_a_pull_given_up_early_leaves_the_prompt_to_its_engine(engines: Engines) -> None:
+    request, offer = await engines.begun(1000)
+    pulling = engines.request(prompt_token_ids=request.prompt_token_ids, consume=offer)
+    await engines.consumer.engine.submit(pulling)
+    await engines.consumer.engine.abort([pulling.request_id])
+    # Nobody who knew of it is left: it is free as soon as it is computed.
+    await eventually(lambda: engines.producer.has_ended(request.request_id), 60)
+    await engines.producer.engine.release([offer.handoff_id])
+
+
 async def test_what_follows_depends_on_the_first_token(engines: Engines) -> None:
     prompt = engines.request().prompt_token_ids
     answers = []
@@ -217,14 +223,15 @@ async def test_a_stop_token_first_leaves_nothing_held(engines: Engines) -> None:
     first = tokens_of(await engines.producer.run(engines.request(prompt_token_ids=prompt)))[0]
     sampling = {**GREEDY, "stop_token_ids": [first], "_all_stop_token_ids": [first]}
     request = engines.producing(prompt_token_ids=prompt, sampling=sampling)
-    (output,) = await engines.producer.run(request)
+    begun, output = await engines.producer.run(request)
+    assert begun.offer is not None, "it could have gone on"
     assert (output.finish_reason, output.stop_reason) == (FinishReason.STOP, first)
     assert (output.token_ids, output.offer) == ((first,), None)
     # Forbidden for as long as the client wants at least two.
     request = engines.producing(prompt_token_ids=prompt, sampling={**sampling, "min_tokens": 2})
     outputs = await engines.producer.run(request)
     assert tokens_of(outputs) != [first]
-    await engines.producer.engine.release([only(outputs, "offer").handoff_id])
+    await engines.producer.engine.release([HandoffId(str(request.produce))])
 
 
 async def test_what_is_cached_on_decode_is_not_pulled_again(engines: Engines) -> None:
@@ -384,7 +391,8 @@ async def test_random_ends_leave_nothing(engines: Engines) -> None:
     async def one(index: int) -> None:
         producing = engines.producing(rng.randint(2, 400))
         outputs = await engines.producer.run(producing)
-        offer = only(outputs, "offer")
+        offer = outputs[-1].offer
+        assert offer is not None
         consuming = engines.request(prompt_token_ids=producing.prompt_token_ids, consume=offer)
         await engines.consumer.engine.submit(consuming)
         if index % 3 == 0:

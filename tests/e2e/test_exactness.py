@@ -54,6 +54,23 @@ def test_greedy_tokens_are_identical_16_at_a_time(
     assert not wrong, f"prompt lengths that differ: {wrong}"
 
 
+def test_greedy_tokens_are_identical_with_cached_prefixes_on_both_sides(
+    disaggregated: Served, monolithic: Served
+) -> None:
+    """Both engines know a part of the prompt, then all of it but the last block."""
+    whole = prompt_of(1300, seed=77)
+    reused = []
+    for length in (600, 1300, 1300, 1290):
+        prompt = whole[:length]
+        answer = disaggregated.complete(prompt, return_token_ids=True, **GREEDY)
+        assert answer["choices"][0]["token_ids"] == monolithic.tokens(prompt, **GREEDY), length
+        (sequence,) = disaggregated.record(answer["headers"]["x-request-id"])["sequences"]
+        tokens = sequence["prompt_tokens"]
+        assert tokens["transferred"] + tokens["reused"] == length and tokens["transferred"] > 0
+        reused.append(tokens["reused"])
+    assert reused == [0, 4 * BLOCK_SIZE, 10 * BLOCK_SIZE, 10 * BLOCK_SIZE]
+
+
 def test_greedy_tokens_are_identical_over_tcp(expected: list[list[int]]) -> None:
     """The others here go through shared memory, as two engines of one host do."""
     with disaggregation("test-e2e-tcp", handoff__transports="tcp") as over_tcp:
@@ -79,8 +96,8 @@ def test_the_first_token_comes_from_prefill(disaggregated: Served) -> None:
     (sequence,) = disaggregated.record(answer["headers"]["x-request-id"])["sequences"]
     events = [stamp["event"] for stamp in sequence["events"]]
     assert events == ["arrived", "placed", "prefilled", "first_token", "decoding", "finished"]
-    assert sequence["prompt_tokens"]["transferred"] == 600
-    assert sequence["prompt_tokens"]["recomputed"] == 0
+    tokens = sequence["prompt_tokens"]
+    assert tokens["transferred"] + tokens["reused"] == 600 and tokens["recomputed"] == 0
     assert answer["usage"]["prompt_tokens"] == 600
     assert answer["usage"]["completion_tokens"] == NUM_NEW_TOKENS
 

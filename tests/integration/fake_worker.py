@@ -10,6 +10,7 @@ from cluster.messages import (
     Failed,
     Heartbeat,
     Offer,
+    Offered,
     Prefill,
     Prefilled,
     PrefillStats,
@@ -43,7 +44,8 @@ class Plan:
 
 @dataclass(eq=False)
 class FakeWorker:
-    """`plans` are used up in order, then `default` is; `gate` holds up every answer."""
+    """`plans` are used up in order, then `default` is; `gate` holds up every answer, but for the
+    offer with which a prompt `begins` where it is set."""
 
     sockets: Sockets
     worker_id: WorkerId
@@ -52,6 +54,7 @@ class FakeWorker:
     default: Plan = Plan()
     num_waiting: int = 0
     produced_bytes: int = KV_BYTES
+    begins: bool = False
     plans: deque[Plan] = field(default_factory=deque)
     requests: list[Prefill | Decode] = field(default_factory=list)
     cancelled: list[RequestId] = field(default_factory=list)
@@ -114,6 +117,8 @@ class FakeWorker:
         await self.socket.send(peer, messages)
 
     async def _answer(self, peer: bytes, message: Prefill | Decode, plan: Plan) -> None:
+        if isinstance(message, Prefill) and self.begins:
+            await self.send(peer, Offered(message.request_id, self._offer(message)))
         await self.gate.wait()
         if isinstance(message, Decode):
             await self._send_tokens(peer, message, plan)
@@ -132,7 +137,7 @@ class FakeWorker:
     async def _send_tokens(self, peer: bytes, message: Decode, plan: Plan) -> None:
         ends = {"finish": FinishReason.LENGTH, "abort": FinishReason.ABORT}
         num_sent = plan.num_tokens if plan.end in ("finish", "hang", "fail:late") else 0
-        begin = 0 if message.first_token is None else message.first_token + 1
+        begin = _begin(message)
         for index in range(begin, num_sent):
             is_last = index + 1 == num_sent
             await self.send(peer, self._tokens(message, index, ends.get(plan.end), is_last))
@@ -145,7 +150,7 @@ class FakeWorker:
     ) -> Tokens:
         num_prompt = len(message.prompt_token_ids)
         is_pulled = message.offer is not None
-        begin = 0 if message.first_token is None else message.first_token + 1
+        begin = _begin(message)
         num_computed = int(begin == 0) if is_pulled else num_prompt
         stats = PrefillStats(num_prompt, num_computed, 0, num_prompt - num_computed)
         receipt = Receipt(1, KV_BYTES, self.produced_bytes, 0.01) if is_pulled else None
@@ -160,12 +165,13 @@ class FakeWorker:
 
     def _prefilled(self, message: Prefill) -> Prefilled:
         num_prompt = len(message.prompt_token_ids)
-        offer = Offer(
-            message.handoff_id, self.worker_id, self.epoch, "f", ("tcp://kv",), num_prompt, 1, 30.0
-        )
         stats = PrefillStats(num_prompt, num_prompt, 0, 0)
         token = None if message.sampling is None else 0
-        return Prefilled(message.request_id, offer, stats, token)
+        return Prefilled(message.request_id, self._offer(message), stats, token)
+
+    def _offer(self, message: Prefill) -> Offer:
+        name, num_prompt = message.handoff_id, len(message.prompt_token_ids)
+        return Offer(name, self.worker_id, self.epoch, "f", ("tcp://kv",), num_prompt, 1, 30.0)
 
     def _snapshot(self) -> WorkerSnapshot:
         return WorkerSnapshot(
@@ -184,3 +190,10 @@ class FakeWorker:
             busy_s=0.0,
             counts={},
         )
+
+
+def _begin(message: Decode) -> int:
+    """Return which token is decode's first: the one after a first token known or awaited."""
+    if message.awaits_token:
+        return 1
+    return 0 if message.first_token is None else message.first_token + 1

@@ -3,6 +3,6 @@
 from hypothesis import settings
 
 # No deadline: on shared cores an example's wall time says nothing.
-settings.register_profile("unit", max_examples=15, deadline=None)
+settings.register_profile("unit", max_examples=8, deadline=None)
 settings.register_profile("full", max_examples=500, deadline=None)
 settings.load_profile("unit")

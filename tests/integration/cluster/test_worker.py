@@ -20,13 +20,14 @@ from cluster.messages import (
     Failed,
     Heartbeat,
     Offer,
+    Offered,
     Prefill,
     Prefilled,
     Rejected,
     Tokens,
 )
 from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, WorkerId
-from cluster.request_plane import WorkerLink
+from cluster.request_plane import Leg, WorkerLink
 from cluster.sockets import Sockets
 from cluster.worker import Worker
 from cluster.worker_spec import WorkerSpec
@@ -109,9 +110,7 @@ class Router:
 
     async def prefilled(self, name: str, prompt: tuple[int, ...] = PROMPT) -> Offer:
         leg = self.prefill.open(prefill_message(name, prompt))
-        answer = await leg.receive()
-        assert isinstance(answer, Prefilled)
-        return answer.offer
+        return (await held(leg)).offer
 
     async def generate(
         self, name: str, offer: Offer | None, prompt: tuple[int, ...] = PROMPT, num: int = 6
@@ -133,6 +132,14 @@ class Router:
             and snapshot.num_requests == snapshot.num_held_blocks == 0
             for snapshot in snapshots
         )
+
+
+async def held(leg: Leg) -> Prefilled:
+    """Return the answer that the prompt is computed and held."""
+    begun, answer = await leg.receive(), await leg.receive()
+    assert isinstance(begun, Offered) and isinstance(answer, Prefilled)
+    assert begun.offer == answer.offer
+    return answer
 
 
 def prefill_message(name: str, prompt: tuple[int, ...] = PROMPT) -> Prefill:
@@ -238,15 +245,13 @@ async def _cancel_computing_prefill(router: Router) -> None:
 
 async def _cancel_held(router: Router) -> None:
     leg = router.prefill.open(prefill_message("p"))
-    await leg.receive()
+    await held(leg)
     leg.close()
 
 
 async def _cancel_after_release(router: Router) -> None:
     leg = router.prefill.open(prefill_message("p"))
-    answer = await leg.receive()
-    assert isinstance(answer, Prefilled)
-    await router.generate("d", answer.offer)
+    await router.generate("d", (await held(leg)).offer)
     leg.close()
     leg.close()
 
@@ -371,15 +376,17 @@ async def test_two_routers_are_independent(cluster: Cluster) -> None:
 async def test_a_silent_routers_requests_are_ended(cluster: Cluster) -> None:
     async with cluster.router("alive") as alive:
         silent = Router(cluster.link(Role.PREFILL, "silent"), cluster.link(Role.DECODE, "silent"))
-        held = silent.prefill.open(prefill_message("p"))
-        await held.receive()
+        prompt = silent.prefill.open(prefill_message("p"))
+        await held(prompt)
         stream = silent.decode.open(decode_message("d", None, num=700))
         await stream.receive()
         mine = alive.decode.open(decode_message("mine", None, num=700))
         for link in (silent.prefill, silent.decode):
             link.send = lambda message: None  # type: ignore[method-assign]
         # A router that was only held up learns what happened to its requests.
-        assert await _last(held) == Failed(RequestId("p"), "engine", "ended: the router was silent")
+        assert await _last(prompt) == Failed(
+            RequestId("p"), "engine", "ended: the router was silent"
+        )
         assert (await _last(stream)).reason == "ended: the router was silent"
         assert isinstance(await mine.receive(), Tokens)
         mine.close()
@@ -419,14 +426,14 @@ async def test_a_dead_engine_ends_the_worker_and_tells_its_routers(cluster: Clus
 async def test_stopping_a_worker_fails_what_is_open(cluster: Cluster) -> None:
     async with cluster.router() as router:
         stream = router.decode.open(decode_message("d", None, num=700))
-        held = router.prefill.open(prefill_message("p"))
+        prompt = router.prefill.open(prefill_message("p"))
         assert isinstance(await stream.receive(), Tokens)
-        assert isinstance(await held.receive(), Prefilled)
+        await held(prompt)
         await cluster.decode.stop()
         await cluster.prefill.stop()
         await asyncio.gather(*cluster.runs.values())
         assert (await _last(stream)).kind == "engine"
-        assert (await _last(held)).kind == "engine"
+        assert (await _last(prompt)).kind == "engine"
 
 
 async def test_finish_reason_is_length(cluster: Cluster) -> None:

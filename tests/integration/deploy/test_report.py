@@ -1,7 +1,6 @@
 """The load test's report in a real Chromium, from a file: on a phone, in the dark, by keyboard."""
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -9,19 +8,13 @@ import pytest
 from playwright.sync_api import Browser, expect
 
 from deploy.loadtest.report import page
-from tests.integration.deploy.browser import OurPage, chromium
+from tests.integration.deploy.browser import OurPage
 from tests.run_documents import run_document
 
 PHONE, DESK = (360, 740), (1280, 800)
 PHASES = {"calm": (0.0, 4.0), "rush": (4.0, 8.0)}
 ONE = (run_document(phases=PHASES, faults=("lost", "late")),)
 THREE = (run_document("ours"), run_document("theirs", slots=2), run_document("third", seed=3))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -33,9 +33,11 @@ class Pools:
         prefill: int = 1,
         decode: int = 1,
         timeout_s: float = PATIENT_S,
+        begins: bool = False,
         keys: KeySource | None = None,
         **router: Any,
     ) -> None:
+        self._begins = begins
         self._keys = keys
         self._contexts: list[zmq.asyncio.Context] = []
         self._sizes = {Role.PREFILL: prefill, Role.DECODE: decode}
@@ -89,7 +91,8 @@ class Pools:
         context = zmq.asyncio.Context() if self._keys is not None else self.context
         self._contexts.append(context)
         sockets = Sockets(context, self._keys)
-        self.workers[name] = FakeWorker(sockets, WorkerId(name), role, epoch)
+        worker_id = WorkerId(name)
+        self.workers[name] = FakeWorker(sockets, worker_id, role, epoch, begins=self._begins)
         return self.workers[name]
 
     async def refresh(self) -> None:

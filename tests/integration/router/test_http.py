@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from cluster.vllm_documents import sampling_from_document
+from router.first_token import may_prefill_sample
 from tests.integration.router.endpoint import ANSWER, MODEL, Endpoint
 from tests.integration.router.fake_flow import DECODE_WORKER, PREFILL_WORKER, REUSED_TOKENS
 
@@ -61,6 +62,30 @@ def test_chat_stream_with_usage(endpoint: Endpoint, client: Any) -> None:
     assert sum(map(bool, deltas)) > 3, "tokens arrive one by one"
     assert chunks[-1].usage.completion_tokens == 8
     assert endpoint.flow.endings == ["finished"]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "is_prefills"),
+    [
+        ({}, True),
+        ({"temperature": 0, "presence_penalty": 0.0, "seed": None, "stop": ["x"]}, True),
+        ({"temperature": 0.7, "top_p": 0.9, "logit_bias": {"300": 1}}, True),
+        ({"seed": 0}, False),
+        ({"logprobs": True}, False),
+        ({"frequency_penalty": 0.5}, False),
+        ({"response_format": {"type": "json_object"}}, False),
+        ({"extra_body": {"repetition_penalty": 1.2}}, False),
+        ({"extra_body": {"bad_words": ["king"]}}, False),
+    ],
+    ids=str,
+)
+def test_who_may_sample_the_first_token(
+    endpoint: Endpoint, client: Any, parameters: dict[str, Any], is_prefills: bool
+) -> None:
+    """By what vLLM's front-end really makes of a request."""
+    client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2, **parameters)
+    (request,) = endpoint.flow.requests
+    assert may_prefill_sample(request.sampling) == is_prefills, request.sampling
 
 
 def test_completion_of_several_prompts(endpoint: Endpoint, client: Any) -> None:

@@ -22,6 +22,7 @@ KINDS: list[type] = [
     messages.Decode,
     messages.Cancel,
     messages.Rejected,
+    messages.Offered,
     messages.Prefilled,
     messages.Tokens,
     messages.Failed,
@@ -166,10 +167,10 @@ def head(*parts: Any) -> bytes:
         (head(PROTOCOL_VERSION, 2, ["r", "h", [1, "2"], None, 0, None]), "array of int"),
         (head(PROTOCOL_VERSION, 2, ["r", "h", [1, True], None, 0, None]), "array of int"),
         (head(PROTOCOL_VERSION, 7, ["r", [1], "bored", *[None] * 5, 0]), "FinishReason"),
-        (head(PROTOCOL_VERSION, 3, ["r", [1], {1: 2}, *[None] * 4]), "not msgpack|keys"),
+        (head(PROTOCOL_VERSION, 3, ["r", [1], {1: 2}, *[None] * 4, False]), "not msgpack|keys"),
         (head(PROTOCOL_VERSION, 1, [msgpack.ExtType(5, b"x")]), "expected str"),
         (
-            head(PROTOCOL_VERSION, 3, ["r", [1], {"a": msgpack.Timestamp(1)}, *[None] * 4]),
+            head(PROTOCOL_VERSION, 3, ["r", [1], {"a": msgpack.Timestamp(1)}, *[None] * 4, False]),
             "not allowed",
         ),
         (head(PROTOCOL_VERSION, 1, ["r"]) + b"\x00", "not msgpack"),
@@ -185,7 +186,7 @@ def test_a_deeply_nested_document_is_refused() -> None:
     for _ in range(40):
         document = {"a": document}
     with pytest.raises(WireError, match="nested"):
-        CODEC.decode(head(PROTOCOL_VERSION, 3, ["r", [1], document, *[None] * 4]))
+        CODEC.decode(head(PROTOCOL_VERSION, 3, ["r", [1], document, *[None] * 4, False]))
 
 
 def test_a_frame_over_the_limit_is_refused_before_it_is_parsed() -> None:

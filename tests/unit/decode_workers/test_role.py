@@ -31,9 +31,9 @@ def accepted(offer: Offer | None = OFFER) -> DecodeRole:
 
 @pytest.mark.parametrize("offer", [OFFER, None])
 def test_a_stream_pulls_its_offer_or_computes(offer: Offer | None) -> None:
-    message = Decode(R, (1, 2, 3), {"max_tokens": 5}, offer, "salt", 2, first_token=7)
+    message = Decode(R, (1, 2, 3), {"max_tokens": 5}, offer, "salt", 2, 7, True)
     assert DecodeRole().accept(message) == EngineRequest(
-        R, (1, 2, 3), {"max_tokens": 5}, None, offer, "salt", 2, first_token=7
+        R, (1, 2, 3), {"max_tokens": 5}, None, offer, "salt", 2, 7, True
     )
 
 

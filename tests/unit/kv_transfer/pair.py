@@ -158,10 +158,12 @@ class Pair:
         offer: Offer | None = None,
         key: str = "pull",
         first_blocks: Sequence[int] | None = None,
+        awaits_token: bool = False,
     ) -> None:
         groups = tuple(tuple(ids) for ids in block_ids)
         first = tuple(first_blocks or [0] * len(groups))
-        self.send(self.consumer.start(Pull(key, offer or self.offer(), groups, first), self.now))
+        pull = Pull(key, offer or self.offer(), groups, first, awaits_token)
+        self.send(self.consumer.start(pull, self.now))
 
     # The wire.
 

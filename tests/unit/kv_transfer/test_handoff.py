@@ -23,8 +23,8 @@ OVER = (P.RELEASED, P.EXPIRED, P.ABORTED)
 ENDS = {E.RELEASED: P.RELEASED, E.EXPIRED: P.EXPIRED, E.ABORTED: P.ABORTED}
 
 
-def walk(*events: ProducerEvent) -> ProducerHandoff:
-    handoff = ProducerHandoff()
+def walk(*events: ProducerEvent, state: ProducerState = P.HELD) -> ProducerHandoff:
+    handoff = ProducerHandoff(state)
     for event in events:
         handoff = handoff.advance(event)
     return handoff
@@ -59,6 +59,36 @@ def test_producer_paths(
     assert (handoff.state, handoff.num_sends) == (state, num_sends), label
 
 
+@pytest.mark.parametrize(
+    ("label", "events", "state", "num_sends"),
+    [
+        ("nothing finished", (), P.FILLING, 0),
+        ("read while computed", (E.READ_STARTED,), P.FEEDING, 1),
+        ("read, more to come", (E.READ_STARTED, E.READ_ENDED), P.FILLING, 0),
+        ("complete", (E.COMPLETED,), P.HELD, 0),
+        ("complete in mid-read", (E.READ_STARTED, E.COMPLETED), P.SENDING, 1),
+        ("and read", (E.READ_STARTED, E.COMPLETED, E.READ_ENDED), P.HELD, 0),
+        ("revoked in mid-read", (E.READ_STARTED, E.REVOKED), P.FEEDING, 1),
+        ("aborted", (E.ABORTED,), P.ABORTED, 0),
+        ("aborted in mid-read", (E.READ_STARTED, E.ABORTED), P.ENDING, 1),
+        ("and read out", (E.READ_STARTED, E.ABORTED, E.READ_ENDED), P.ABORTED, 0),
+        ("the whole way", (E.COMPLETED, E.READ_STARTED, E.READ_ENDED, E.RELEASED), P.RELEASED, 0),
+    ],
+)
+def test_open_paths(
+    label: str, events: tuple[ProducerEvent, ...], state: ProducerState, num_sends: int
+) -> None:
+    handoff = walk(*events, state=P.FILLING)
+    assert (handoff.state, handoff.num_sends) == (state, num_sends), label
+
+
+@pytest.mark.parametrize("state", [P.FILLING, P.FEEDING])
+@pytest.mark.parametrize("event", [E.RELEASED, E.EXPIRED])
+def test_only_the_engine_ends_what_it_computes(state: ProducerState, event: ProducerEvent) -> None:
+    with pytest.raises(IllegalEvent):
+        ProducerHandoff(state).advance(event)
+
+
 @pytest.mark.parametrize("state", OVER)
 @pytest.mark.parametrize("event", ProducerEvent)
 def test_nothing_happens_after_the_end(state: ProducerState, event: ProducerEvent) -> None:
@@ -66,9 +96,12 @@ def test_nothing_happens_after_the_end(state: ProducerState, event: ProducerEven
         ProducerHandoff(state=state).advance(event)
 
 
-@given(st.lists(st.sampled_from(ProducerEvent), max_size=30))
-def test_producer_never_frees_early_or_twice(events: list[ProducerEvent]) -> None:
-    handoff, num_sends, num_frees = ProducerHandoff(), 0, 0
+@given(st.sampled_from([P.HELD, P.FILLING]), st.lists(st.sampled_from(ProducerEvent), max_size=30))
+def test_producer_never_frees_early_or_twice(
+    start: ProducerState, events: list[ProducerEvent]
+) -> None:
+    handoff, num_sends, num_frees = ProducerHandoff(start), 0, 0
+    is_complete, revision = start is P.HELD, 0
     for event in events:
         before = handoff
         try:
@@ -78,6 +111,14 @@ def test_producer_never_frees_early_or_twice(events: list[ProducerEvent]) -> Non
             assert handoff == before
             continue
         num_sends += {E.READ_STARTED: 1, E.READ_ENDED: -1}.get(event, 0)
+        if event in (E.REVOKED, E.COMPLETED):
+            assert not is_complete, "what is complete is taken back or completed"
+            is_complete = event is E.COMPLETED
+            revision += event is E.REVOKED
+        if event in (E.RELEASED, E.EXPIRED):
+            assert is_complete, "ended by others than the engine while it computes"
+        assert handoff.revision == revision
+        assert handoff.is_filling == (not is_complete and handoff.end is None)
         assert handoff.num_sends == num_sends >= 0
         assert handoff.is_readable == (handoff.end is None)
         if event is E.READ_STARTED:

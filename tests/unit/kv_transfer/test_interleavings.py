@@ -1,6 +1,7 @@
 """Random orders of everything that can happen to three hand-offs over a wire that loses,
 repeats and reorders: every pull ends once, every hold is freed once, no wrong byte is loaded,
-over frames and over an arena with too few slots."""
+over frames and over an arena with too few slots. Some are pulled while their engine computes
+them, takes their blocks back and computes them once more elsewhere."""
 
 from collections import Counter, deque
 from typing import TypeVar
@@ -10,12 +11,15 @@ from hypothesis import strategies as st
 
 from cluster.names import HandoffId
 from kv_transfer.handoff import ProducerEvent
-from kv_transfer.producer import UNKNOWN_GRACE_S
+from kv_transfer.producer import UNKNOWN_GRACE_S, Hold
+from kv_transfer.progress import Growth
 from tests.unit.kv_transfer.pair import LEASE_S, STALL_S, Pair
 
 NUM = 3
 BLOCKS = {index: tuple(range(1 + 5 * index, 6 + 5 * index)) for index in range(NUM)}
-REUSED = 0xEE
+# Where a prompt that lost its blocks is computed again.
+ELSEWHERE = {index: tuple(range(31 + 5 * index, 36 + 5 * index)) for index in range(NUM)}
+REUSED, TOKEN = 0xEE, 77
 
 Item = TypeVar("Item")
 
@@ -23,6 +27,7 @@ STEPS = st.lists(
     st.tuples(
         st.sampled_from(
             ["hold", "pull", "announce", "give up", "cancel", "abort", "abort in gather"]
+            + ["open", "grow", "grow", "grow", "preempt", "preempt in gather", "abandon"]
             + ["to producer"] * 6
             + ["to consumer"] * 6
             + ["drop", "duplicate", "tick", "wait"]
@@ -40,6 +45,9 @@ class World:
         self.pair = Pair(chunk_bytes=32, window=2, num_slots=num_slots)
         self.expected = {i: self.pair.theirs.content(0, ids) for i, ids in BLOCKS.items()}
         self.held: set[int] = set()
+        # Of the open ones, where they are computed and how many blocks are finished.
+        self.open: dict[int, tuple[tuple[int, ...], int]] = {}
+        self.places = dict(BLOCKS)
         self.pulled: set[int] = set()
         self.freed: Counter[str] = Counter()
         self.ended: Counter[str] = Counter()
@@ -51,9 +59,16 @@ class World:
         if kind == "hold" and handoff not in self.held:
             self.held.add(handoff)
             pair.hold(BLOCKS[handoff], name=name, key=name)
+        elif kind == "open" and handoff not in self.held:
+            self.held.add(handoff)
+            self.open[handoff] = BLOCKS[handoff], 0
+            pair.producer.open(HandoffId(name), name, 1)
+        elif handoff in self.open and kind in ("grow", "preempt", "preempt in gather", "abandon"):
+            self.compute(kind, handoff)
         elif kind == "pull" and handoff not in self.pulled:
             self.pulled.add(handoff)
-            pair.pull(BLOCKS[handoff], offer=pair.offer(name), key=name)
+            awaits_token = handoff in self.open or handoff not in self.held
+            pair.pull(BLOCKS[handoff], offer=pair.offer(name), key=name, awaits_token=awaits_token)
         elif kind == "announce" and handoff not in self.pulled:
             pair.consumer.announce(pair.offer(name), pair.now)
         elif kind == "give up":
@@ -69,6 +84,35 @@ class World:
         else:
             self._wire(kind, index)
         self.check()
+
+    def compute(self, kind: str, handoff: int) -> None:
+        """Do what an engine does with an open prompt, up to its end."""
+        producer, name = self.pair.producer, HandoffId(f"h{handoff}")
+        blocks, num_finished = self.open[handoff]
+        if kind == "abandon":
+            del self.open[handoff]
+            producer.abandon(name, name)
+        elif kind == "grow" and num_finished < len(blocks) - 1:
+            self.open[handoff] = blocks, num_finished + 1
+            producer.grow(Growth(name, ((blocks[num_finished],),)))
+        elif kind == "grow":
+            del self.open[handoff]
+            producer.hold(Hold(name, name, (blocks,), TOKEN), self.pair.now)
+        elif kind == "preempt":
+            self.preempt(handoff)
+        else:
+            self.pair.late_commands.append(lambda: self.preempt(handoff))
+
+    def preempt(self, handoff: int) -> None:
+        """The blocks are somebody else's at once; the content is computed again elsewhere."""
+        if handoff not in self.open:
+            return
+        blocks, _ = self.open[handoff]
+        self.pair.producer.revoke(HandoffId(f"h{handoff}"))
+        self.pair.theirs.overwrite(0, blocks, REUSED)
+        other = ELSEWHERE[handoff] if blocks == BLOCKS[handoff] else BLOCKS[handoff]
+        self.pair.theirs.scatter(0, other, memoryview(self.expected[handoff]))
+        self.open[handoff], self.places[handoff] = (other, 0), other
 
     def _wire(self, kind: str, index: int) -> None:
         pair = self.pair
@@ -95,13 +139,15 @@ class World:
         """Do what engines do with what ended: blocks go to somebody else at once."""
         pair = self.pair
         for key in pair.producer.freed:
-            pair.theirs.overwrite(0, BLOCKS[int(key[1:])], REUSED)
+            assert int(key[1:]) not in self.open, "freed while it is computed"
+            pair.theirs.overwrite(0, self.places[int(key[1:])], REUSED)
         self.freed.update(pair.producer.freed)
         pair.producer.freed.clear()
         for ended in pair.consumer.results:
             handoff = int(ended.key[1:])
             if ended.failure is None:
                 assert pair.ours.content(0, BLOCKS[handoff]) == self.expected[handoff]
+                assert ended.first_token in (None, TOKEN)
             else:
                 pair.ours.overwrite(0, BLOCKS[handoff], REUSED)
             self.settled[handoff] = pair.ours.content(0, BLOCKS[handoff])
@@ -112,7 +158,9 @@ class World:
         assert max([*self.freed.values(), *self.ended.values()], default=0) <= 1
 
     def wind_up(self) -> None:
-        """Nothing more is asked: time alone must end everything."""
+        """Nothing more is asked: once the engine has ended, time alone must end everything."""
+        for handoff in list(self.open):
+            self.compute("abandon", handoff)
         for handoff in range(NUM):
             self.pair.send(self.pair.consumer.give_up(self.pair.offer(f"h{handoff}")))
         self.pair.settle()

@@ -9,6 +9,7 @@ from cluster.messages import (
     Decode,
     Failed,
     Offer,
+    Offered,
     Prefill,
     Prefilled,
     PrefillStats,
@@ -53,6 +54,7 @@ def test_a_stream_is_not_this_roles() -> None:
     ("label", "output", "expected"),
     [
         ("still computing", EngineOutput(R, (9,)), Report(None)),
+        ("begun", EngineOutput(R, offer=OFFER), Report(Offered(R, OFFER))),
         ("held", DONE, PREFILLED),
         (
             "ended without an offer",
@@ -124,6 +126,12 @@ def test_an_offer_that_crosses_its_cancel_is_freed() -> None:
     assert role.cancel(R) == ABORT
     assert role.report(DONE) == Report(None, RELEASE, is_last=True)
     assert role.cancel(R) == NOTHING
+
+
+def test_a_prompt_that_begins_after_its_cancel_is_offered_to_nobody() -> None:
+    role = accepted()
+    role.cancel(R)
+    assert role.report(EngineOutput(R, offer=OFFER)) == Report(None)
 
 
 def test_a_cancel_of_nothing_is_no_error() -> None:

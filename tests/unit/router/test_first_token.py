@@ -4,10 +4,13 @@ import pytest
 
 from router.first_token import may_prefill_sample
 
-# As vLLM's input processor leaves them.
+# As vLLM's front-end leaves them.
 PLAIN: dict[str, object] = {
     "temperature": 0.0,
     "max_tokens": 5,
+    "watermarking": False,
+    "output_kind": 2,
+    "skip_clone": True,
     "stop": [],
     "stop_token_ids": [],
     "bad_words": [],
@@ -35,6 +38,7 @@ def test_prefill_samples_what_looks_at_the_model_alone(more: dict[str, object]) 
     "more",
     [
         {"seed": 0},
+        {"watermarking": True},
         {"logprobs": 0},
         {"logprob_token_ids": [3]},
         {"presence_penalty": 0.5},
