@@ -20,7 +20,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 # Debian packages the tests need. Prometheus is run by its test: the daemon that the package starts
 # is stopped, unless it was there before.
-APT_PACKAGES := chromium prometheus
+APT_PACKAGES := chromium openssl prometheus
 
 # Flags of `make serve` and `make demo`; an empty one leaves tandem's default.
 PREFILL ?=
