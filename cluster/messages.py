@@ -192,6 +192,7 @@ class WorkerSnapshot:
     epoch: int
     num_running: int
     num_waiting: int
+    block_size: int
     num_blocks: int
     num_free_blocks: int
     num_held_blocks: int

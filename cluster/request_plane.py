@@ -276,6 +276,8 @@ class WorkerLink:
 
     def _update(self, snapshot: WorkerSnapshot) -> None:
         is_changed = self.is_lost or _life(self.snapshot) != _life(snapshot)
+        if self.snapshot is not None:
+            is_changed |= snapshot.num_free_blocks > self.snapshot.num_free_blocks
         self.snapshot = snapshot
         self.snapshot_s = self._heard_s
         self.is_lost = False

@@ -36,7 +36,14 @@ class WorkerEntry:
 
 @dataclass(frozen=True, slots=True)
 class ReadyWorker:
-    """A listed worker that answers, with the queue it last reported."""
+    """A listed worker that answers, with the queue and the KV memory it last reported.
+
+    `reported_s` is when that came, by the router's clock.
+    """
 
     entry: WorkerEntry
     num_waiting: int
+    block_size: int
+    num_blocks: int
+    num_free_blocks: int
+    reported_s: float

@@ -241,6 +241,7 @@ class Worker:
             epoch=self._facts.epoch,
             num_running=load.num_running,
             num_waiting=load.num_waiting,
+            block_size=self._facts.block_size,
             num_blocks=load.num_blocks,
             num_free_blocks=load.num_free_blocks,
             num_held_blocks=load.num_held_blocks,

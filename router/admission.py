@@ -24,6 +24,7 @@ from router.policy import (
     RejectedPlacement,
     WorkerView,
     choose_placement,
+    num_blocks_of,
 )
 
 
@@ -151,8 +152,19 @@ class Admission:
         load = self.ledger.load(entry.worker_id)
         is_prefill = entry.role is Role.PREFILL
         num_reserved = load.num_prefills if is_prefill else load.num_streams
+        size, room = worker.block_size, worker.num_free_blocks
+        if not is_prefill:
+            promised = self.ledger.promised_tokens(entry.worker_id, worker.reported_s)
+            room -= sum(num_blocks_of(num_tokens, size) for num_tokens in promised)
         return WorkerView(
-            entry.worker_id, entry.domain, num_reserved, load.prefill_tokens, worker.num_waiting
+            entry.worker_id,
+            entry.domain,
+            num_reserved,
+            load.prefill_tokens,
+            worker.num_waiting,
+            size,
+            worker.num_blocks,
+            room,
         )
 
 

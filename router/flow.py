@@ -244,6 +244,7 @@ class Flow:
     def _ask_decode(self, run: "_Run", awaits_token: bool = False) -> None:
         """Ask decode to go on from the prompt, or from the first token where there is one."""
         request = run.request
+        self._admission.ledger.ask_decode(run.reservation, _now())
         run.decode = self._membership.link(run.placed.decode_worker).open(
             Decode(
                 run.leg_id,

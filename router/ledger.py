@@ -5,6 +5,9 @@ prefill side two different things one after the other: while the prompt is compu
 place among the prompts in flight, and from then until decode has pulled the blocks it holds
 memory but no compute. They are counted apart because they are bounded by different things: a
 worker that holds many finished prompts can still compute the next one.
+
+Decode's memory is promised with the placement, and counted here until a report of the worker can
+show it: some time after decode was asked, when its engine has taken the blocks or waits for them.
 """
 
 import enum
@@ -31,6 +34,8 @@ class WorkerLoad:
 
 
 _IDLE = WorkerLoad()
+# A report that comes this long after decode was asked, in seconds, has the blocks it has taken.
+REPORTED_AFTER_S = 0.5
 
 
 class _PrefillSide(enum.Enum):
@@ -68,6 +73,8 @@ class Ledger:
     def __init__(self) -> None:
         self._loads: dict[WorkerId, WorkerLoad] = {}
         self._open: set[Reservation] = set()
+        # By decode worker: when it was asked for each, None before that.
+        self._promised: dict[WorkerId, dict[Reservation, float | None]] = {}
 
     def __repr__(self) -> str:
         workers = "".join(
@@ -86,8 +93,24 @@ class Ledger:
     def reserve(self, placement: Placed) -> Reservation:
         reservation = Reservation(placement)
         self._open.add(reservation)
+        self._promised.setdefault(placement.decode_worker, {})[reservation] = None
         self._add(reservation, 1)
         return reservation
+
+    def ask_decode(self, reservation: Reservation, now: float) -> None:
+        """Decode's engine takes the blocks from here on."""
+        self._check_open(reservation)
+        promised = self._promised.get(reservation.placement.decode_worker, {})
+        if reservation in promised:
+            promised[reservation] = now
+
+    def promised_tokens(self, worker_id: WorkerId, reported_s: float) -> list[int]:
+        """Return the lengths of prompts for which a report of that moment had no blocks yet."""
+        promised = self._promised.get(worker_id, {})
+        for reservation, asked_s in list(promised.items()):
+            if asked_s is not None and asked_s + REPORTED_AFTER_S <= reported_s:
+                self._keep_promise(reservation)
+        return [reservation.placement.num_prompt_tokens for reservation in promised]
 
     def end_prefill(self, reservation: Reservation) -> None:
         """The prompt is computed: its place is free, its blocks are held."""
@@ -103,6 +126,7 @@ class Ledger:
         self._add(reservation, -1)
         reservation.is_open = False
         self._open.remove(reservation)
+        self._keep_promise(reservation)
 
     def check_invariants(self) -> None:
         """Raise `LedgerError` unless the counts are the sum of the open reservations."""
@@ -111,6 +135,9 @@ class Ledger:
             sums._add(reservation, 1)
         if sums._loads != self._loads:
             raise LedgerError(f"{self!r} should be {sums!r}")
+        promised = [one for each in self._promised.values() for one in each]
+        if not self._open.issuperset(promised):
+            raise LedgerError(f"{self!r}: memory is promised to requests that are gone")
 
     def _turn(self, reservation: Reservation, old: _PrefillSide, new: _PrefillSide) -> None:
         self._check_open(reservation)
@@ -119,6 +146,13 @@ class Ledger:
         self._add(reservation, -1)
         reservation.side = new
         self._add(reservation, 1)
+
+    def _keep_promise(self, reservation: Reservation) -> None:
+        worker_id = reservation.placement.decode_worker
+        promised = self._promised.get(worker_id, {})
+        promised.pop(reservation, None)
+        if not promised:
+            self._promised.pop(worker_id, None)
 
     def _check_open(self, reservation: Reservation) -> None:
         if reservation not in self._open:

@@ -68,7 +68,7 @@ class Membership:
         return f"<Membership leaving={len(self._leaving)}{states}>"
 
     def subscribe(self, on_change: Callable[[], None]) -> None:
-        """Call `on_change` whenever the set of ready workers may have changed."""
+        """Call `on_change` whenever more workers may be ready, or fewer, or have more room."""
         self._watchers.append(on_change)
 
     async def update(self, entries: Iterable[WorkerEntry]) -> None:
@@ -103,11 +103,18 @@ class Membership:
         ]
 
     def ready_workers(self) -> list[ReadyWorker]:
-        """Return the workers that answer, with the queues they report."""
+        """Return the workers that answer, with what they report."""
         return [
-            ReadyWorker(member.entry, member.link.snapshot.num_waiting)
+            ReadyWorker(
+                member.entry,
+                snapshot.num_waiting,
+                snapshot.block_size,
+                snapshot.num_blocks,
+                snapshot.num_free_blocks,
+                member.link.snapshot_s,
+            )
             for member in self._members.values()
-            if member.link.snapshot is not None and member.state() == "ready"
+            if (snapshot := member.link.snapshot) is not None and member.state() == "ready"
         ]
 
     def link(self, worker_id: WorkerId) -> WorkerLink:

@@ -21,7 +21,8 @@ class WorkerView:
 
     `num_reserved` counts this router's prompts being computed (prefill) or streams (decode),
     `reserved_tokens` the prompt tokens of the former. `num_waiting` is the worker's own report,
-    up to a heartbeat old; it is how the load of other routers shows.
+    up to a heartbeat old; it is how the load of other routers shows. `num_free_blocks` of
+    `num_blocks`, of `block_size` tokens, are neither in use nor promised.
     """
 
     worker_id: WorkerId
@@ -29,6 +30,15 @@ class WorkerView:
     num_reserved: int
     reserved_tokens: int
     num_waiting: int
+    block_size: int
+    num_blocks: int
+    num_free_blocks: int
+
+    def has_memory(self, num_prompt_tokens: int) -> bool:
+        """Whether prompt and first token fit; what never can is the engine's to refuse."""
+        wanted = num_blocks_of(num_prompt_tokens, self.block_size)
+        # vLLM keeps one block for itself.
+        return min(wanted, self.num_blocks - 1) <= self.num_free_blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +113,11 @@ class RejectedPlacement:
 Decision = Placed | Queued | RejectedPlacement
 
 
+def num_blocks_of(num_prompt_tokens: int, block_size: int) -> int:
+    """Return the blocks of a prompt and of the token after it."""
+    return num_prompt_tokens // block_size + 1
+
+
 def choose_placement(
     snapshot: PoolSnapshot,
     request: PlacementRequest,
@@ -121,6 +136,10 @@ def choose_placement(
     roomy = [view for view in able if view.num_reserved < config.decodes_per_worker]
     if not roomy:
         return _wait(snapshot, request, config, "the decode pool is full")
+    # A prompt computed for a worker without memory would keep its blocks on the prefill worker.
+    roomy = [view for view in roomy if view.has_memory(request.num_prompt_tokens)]
+    if not roomy:
+        return _wait(snapshot, request, config, "the decode pool has no free KV blocks for it")
     decode = min(roomy, key=lambda view: _decode_rank(view, request, rng))
     local = _local(decode, snapshot, request, config)
     return local or _with_prefill(decode, snapshot, request, config, rng)

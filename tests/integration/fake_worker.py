@@ -27,6 +27,7 @@ from cluster.snapshot import WorkerEntry
 from cluster.sockets import Sockets
 
 KV_BYTES = 4096
+BLOCK_SIZE, NUM_BLOCKS = 16, 10_000
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class FakeWorker:
     epoch: int = 1
     default: Plan = Plan()
     num_waiting: int = 0
+    num_free_blocks: int = NUM_BLOCKS
     produced_bytes: int = KV_BYTES
     begins: bool = False
     plans: deque[Plan] = field(default_factory=deque)
@@ -180,8 +182,9 @@ class FakeWorker:
             epoch=self.epoch,
             num_running=len(self._running),
             num_waiting=self.num_waiting,
-            num_blocks=10,
-            num_free_blocks=10,
+            block_size=BLOCK_SIZE,
+            num_blocks=NUM_BLOCKS,
+            num_free_blocks=self.num_free_blocks,
             num_held_blocks=0,
             num_held_handoffs=0,
             num_requests=len(self._running),

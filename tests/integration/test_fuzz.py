@@ -48,7 +48,7 @@ TO_WORKER = [
     messages.ChangeRole(Role.DECODE, 1),
 ]
 SNAPSHOT = messages.WorkerSnapshot(
-    WorkerId("w"), Role.DECODE, 1, 0, 0, 9, 9, 0, 0, 0, 0, 0, 0.5, {"bytes_sent": 3}
+    WorkerId("w"), Role.DECODE, 1, 0, 0, 16, 9, 9, 0, 0, 0, 0, 0, 0.5, {"bytes_sent": 3}
 )
 TO_ROUTER = [
     messages.Rejected(RequestId("d"), "full"),

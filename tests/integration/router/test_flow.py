@@ -19,7 +19,7 @@ from cluster.errors import (
 )
 from cluster.messages import Decode, Prefill
 from cluster.metrics import REGISTRIES
-from cluster.names import Component, FinishReason, Stage
+from cluster.names import Component, FinishReason, Role, Stage
 from router.flow import GenerateRequest
 from router.records import Outcome, PromptTokens
 from tests.integration.fake_worker import KV_BYTES, Plan
@@ -403,3 +403,23 @@ async def test_a_worker_lost_under_load_costs_only_what_it_was_streaming() -> No
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert not [result for result in results if isinstance(result, WorkerLost)]
         assert all(isinstance(result, list) for result in results), results
+
+
+async def test_a_prompt_waits_for_decode_memory_or_takes_another_worker() -> None:
+    async with Pools(prefill=2, decode=2) as pools:
+        for name in ("d0", "d1"):
+            pools[name].num_free_blocks = 6
+        await until(lambda: _free_blocks(pools) == [6, 6])
+        request = pools.request(num_tokens=100)
+        task = pools.start(request)
+        await until(lambda: pools.status["waiting"] == 1)
+        assert not pools["p0"].requests and not pools["p1"].requests, "nothing to pin blocks for"
+        pools["d1"].num_free_blocks = 7
+        assert [tokens.token_ids for tokens in await task] == [(0,), (1,)]
+        ((_, decode),) = placements(pools.record(request))
+        assert decode == "d1"
+
+
+def _free_blocks(pools: Pools) -> list[int]:
+    snapshots = [link.snapshot for link in pools.membership.ready(Role.DECODE)]
+    return [snapshot.num_free_blocks for snapshot in snapshots if snapshot is not None]

@@ -18,10 +18,12 @@ CONFIG = RouterSection(prefills_per_worker=1, decodes_per_worker=2, max_queued=3
 LONG = PlacementRequest(num_prompt_tokens=100)
 
 
-def ready(*names: str) -> list[ReadyWorker]:
+def ready(*names: str, free: int = 100, reported_s: float = 0.0) -> list[ReadyWorker]:
+    """Return idle workers with `free` of 100 blocks of 16 tokens."""
     roles = {"p": Role.PREFILL, "d": Role.DECODE}
+    memory = 16, 100, free, reported_s
     return [
-        ReadyWorker(WorkerEntry(WorkerId(name), roles[name[0]], "tcp://x", 1, "n"), 0)
+        ReadyWorker(WorkerEntry(WorkerId(name), roles[name[0]], "tcp://x", 1, "n"), 0, *memory)
         for name in names
     ]
 
@@ -44,8 +46,8 @@ class Line:
         self.admission.leave(ticket)
         self.admission.check_invariants()
 
-    def change(self, *names: str) -> None:
-        self.workers = ready(*names)
+    def change(self, *names: str, free: int = 100, reported_s: float = 0.0) -> None:
+        self.workers = ready(*names, free=free, reported_s=reported_s)
         self.admission.redecide()
 
 
@@ -129,6 +131,33 @@ def test_a_request_that_may_not_use_a_worker_does_not_hold_up_others() -> None:
     assert line.admission.num_waiting == 1 and prefill_of(waiter) == "p0"
     line.leave(next(ticket for ticket in tickets if prefill_of(ticket) == "p1"))
     assert prefill_of(picky) == "p1"
+
+
+def test_decode_memory_is_promised_with_the_placement() -> None:
+    line = Line("p0", "p1", "d0")
+    half = PlacementRequest(num_prompt_tokens=50 * 16 - 1)
+    first, second, third = line.enter(half), line.enter(half), line.enter(half)
+    assert isinstance(first.answer, Reservation) and isinstance(second.answer, Reservation)
+    assert third.answer is None
+    line.leave(second)
+    assert isinstance(third.answer, Reservation)
+
+
+def test_a_promise_is_kept_until_a_report_can_show_the_blocks() -> None:
+    line = Line("p0", "p1", "d0")
+    line.admission.ledger.ask_decode(_answer(line.enter(PlacementRequest(60 * 16))), now=10.0)
+    waiter = line.enter(PlacementRequest(39 * 16))
+    line.change("p0", "p1", "d0", free=100, reported_s=10.1)
+    assert waiter.answer is None, "that report may be older than the blocks"
+    line.change("p0", "p1", "d0", free=39, reported_s=10.6)
+    assert waiter.answer is None, "39 blocks have no room for the token after the prompt"
+    line.change("p0", "p1", "d0", free=40, reported_s=11.1)
+    assert isinstance(waiter.answer, Reservation)
+
+
+def _answer(ticket: Ticket) -> Reservation:
+    assert isinstance(ticket.answer, Reservation)
+    return ticket.answer
 
 
 def test_new_workers_take_the_first_in_line() -> None:

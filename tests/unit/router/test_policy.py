@@ -24,13 +24,20 @@ from router.policy import (
 CONFIG = RouterSection(
     prefills_per_worker=2, decodes_per_worker=3, max_queued=4, local_prefill_tokens=8
 )
+BLOCK_SIZE, NUM_BLOCKS = 16, 100
 LONG = PlacementRequest(num_prompt_tokens=100)
 
 
 def view(
-    name: str, num_reserved: int = 0, tokens: int = 0, waiting: int = 0, domain: str = ""
+    name: str,
+    num_reserved: int = 0,
+    tokens: int = 0,
+    waiting: int = 0,
+    domain: str = "",
+    free: int = NUM_BLOCKS,
 ) -> WorkerView:
-    return WorkerView(WorkerId(name), domain, num_reserved, tokens, waiting)
+    memory = BLOCK_SIZE, NUM_BLOCKS, free
+    return WorkerView(WorkerId(name), domain, num_reserved, tokens, waiting, *memory)
 
 
 def ids(*names: str) -> frozenset[WorkerId]:
@@ -103,6 +110,18 @@ PLACEMENTS = [
     ("no prefill worker", snapshot([], [view("d0")]), LONG, (None, "d0")),
     ("every prefill worker excluded", IDLE, replace(LONG, excluded=ids("p0", "p1")), (None, "d0")),
     (
+        "decode memory before fewest streams",
+        snapshot([view("p0")], [view("d0", free=6), view("d1", 2, free=7)]),
+        LONG,
+        ("p0", "d1"),
+    ),
+    (
+        "a prompt that no memory can hold is the engine's to refuse",
+        snapshot([view("p0")], [view("d0", free=NUM_BLOCKS - 1)]),
+        PlacementRequest(BLOCK_SIZE * NUM_BLOCKS),
+        ("p0", "d0"),
+    ),
+    (
         "a full prefill pool does not hold up a short prompt",
         snapshot([view("p0", 2)], [view("d0")]),
         PlacementRequest(1),
@@ -126,6 +145,7 @@ def test_placed(
 
 FULL_PREFILL = snapshot([view("p0", 2), view("p1", 2)], [view("d0")])
 FULL_DECODE = snapshot([view("p0")], [view("d0", 3)])
+NO_MEMORY = snapshot([view("p0")], [view("d0", free=6), view("d1", free=-3)])
 
 
 @pytest.mark.parametrize(
@@ -133,6 +153,7 @@ FULL_DECODE = snapshot([view("p0")], [view("d0", 3)])
     [
         (FULL_PREFILL, "prefill pool is full"),
         (FULL_DECODE, "decode pool is full"),
+        (NO_MEMORY, "decode pool has no free KV blocks"),
         (replace(IDLE, num_queued=1, is_behind=True), "earlier requests"),
     ],
 )
