@@ -6,8 +6,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 
 import grpc
@@ -110,17 +111,25 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
         yield Secured(launcher, footprint, keys_file, client)
 
 
+def is_loopback(address: str) -> bool:
+    parsed = ip_address(address)
+    mapped = parsed.ipv4_mapped if isinstance(parsed, IPv6Address) else None
+    return (mapped or parsed).is_loopback
+
+
 def test_only_loopback_is_listened_on(secured: Secured) -> None:
     state = DeploymentState.read(secured.launcher.name)
     assert state is not None
     pids = {process.pid for process in find_marked(state.mark)} | {state.launcher.pid}
-    listening = {
-        (psutil.Process(c.pid).name(), c.laddr.ip, c.laddr.port, c.pid)
-        for c in psutil.net_connections("tcp")
-        if c.pid in pids and c.status == psutil.CONN_LISTEN and c.laddr
-    }
+    listening = set()
+    for c in psutil.net_connections("tcp"):
+        if c.pid in pids and c.status == psutil.CONN_LISTEN and c.laddr:
+            # One that HAProxy has replaced meanwhile listens no more.
+            with suppress(psutil.NoSuchProcess):
+                name = psutil.Process(c.pid).name()
+                listening.add((name, c.laddr.ip, c.laddr.port, c.pid))
     assert ("haproxy", secured.launcher.port) in {(name, port) for name, _, port, _ in listening}
-    outside = [each for each in listening if each[1] not in ("127.0.0.1", "::1")]
+    outside = [each for each in listening if not is_loopback(each[1])]
     # Of each Serve replica, for calls between deployments: Ray has no setting for it.
     assert all(name.startswith("ray::ServeReplica:") for name, *_ in outside), outside
     assert len({pid for *_, pid in outside}) == len(outside) == 1
