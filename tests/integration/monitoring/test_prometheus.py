@@ -39,6 +39,7 @@ REQUESTS_PER_S, PROMPT_TOKENS, OUTPUT_TOKENS = 10.0, 300, 20
 # else is empty is a fault, and so is one of these that has something to say.
 EMPTY = {
     "tandem-autoscaler.json: Utilisation: B": "this deployment is sized by tokens per second",
+    "tandem-overview.json: Keys refused, by cause: A": "this deployment asks for no API keys",
 }
 
 
