@@ -144,6 +144,17 @@ test-full: system-deps lint ## the same with the long tests, properties tried 50
 	$(PYTEST) tests/unit -n 2 --hypothesis-profile=full $(ARGS)
 	$(call other-tiers)
 
+# Not among the locked packages: nothing else needs it. Without a version: each Python has another.
+FUZZER := atheris
+FUZZER_AT := .cache/fuzz/python
+
+$(FUZZER_AT): | $(DEV_STAMP)
+	$(PIP_INSTALL) --target $@ $(FUZZER)
+
+.PHONY: fuzz
+fuzz: $(FUZZER_AT) ## a coverage-guided fuzzer at the decoders (a minute; ARGS are libFuzzer's)
+	PYTHONPATH=$(FUZZER_AT) $(PY) -m tests.fuzz $(ARGS)
+
 .PHONY: bench
 bench: bench-serve ## this path beside a monolithic `vllm serve`
 

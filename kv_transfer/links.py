@@ -25,6 +25,10 @@ from kv_transfer.protocol import (
 )
 from kv_transfer.transport import Inlet, Payload, Transport
 
+# A producer that dies while nothing is pulled from it says nothing. Its memory stays mapped, and
+# its address is tried ten times a second, until it is missed.
+_GREET_S = 3.0
+
 
 class Link:
     """Up to `num_lanes` connections to one life of one endpoint; `open_lane` makes one.
@@ -41,6 +45,7 @@ class Link:
     ) -> None:
         self.last_used = self.last_heard = 0.0
         self.lanes = [open_lane()]
+        self._greeted_s = self._welcomed_s = 0.0
         self._epoch = epoch
         self._transports = transports
         self._num_lanes = num_lanes
@@ -70,11 +75,39 @@ class Link:
             return
         self._waiting.append(read)
         # With each read until there is an answer: a connection that breaks in between loses it.
+        self._greet()
+
+    def check(self, now: float) -> bool:
+        """Greet a producer that nobody has had to do with lately: it may be gone. Return whether
+        there is still a connection to do so."""
+        if not self._is_waiting and now - self._seen_s >= _GREET_S:
+            self._greeted_s = now
+            try:
+                self._greet()
+            except zmq.Again:
+                return False
+        return True
+
+    def is_dead(self, now: float, timeout_s: float) -> bool:
+        """Whether nobody has answered that in time."""
+        return self._is_waiting and now - self._greeted_s >= timeout_s
+
+    @property
+    def _is_waiting(self) -> bool:
+        """A pull that has begun since then knows itself when to give up."""
+        return self._greeted_s > self._seen_s
+
+    @property
+    def _seen_s(self) -> float:
+        return max(self.last_used, self.last_heard, self._welcomed_s)
+
+    def _greet(self) -> None:
         self._is_greeted = True
         self._put(self.lanes[0], Greet(self._epoch, tuple(self._transports)))
 
-    def welcome(self, message: Welcome) -> Iterable[Refused]:
+    def welcome(self, message: Welcome, now: float) -> Iterable[Refused]:
         """Attach to what the producer offers; yield the end of reads that cannot come."""
+        self._welcomed_s = now
         if not self._is_greeted or self._inlets:
             return
         # One in another life will refuse the reads, and say so better than silence.

@@ -241,8 +241,14 @@ class HandoffPort:
                 self._distrust(order, now)
             self._send([order])
         for peer, link in list(self._links.items()):
-            if now - link.last_used > _IDLE_LINK_S:
-                self._close_link(peer)
+            self._look_after(peer, link, now)
+
+    def _look_after(self, peer: Peer, link: Link, now: float) -> None:
+        """Close a link that is idle or whose producer is gone, with what it maps of it."""
+        is_over = now - link.last_used > _IDLE_LINK_S or link.is_dead(now, self._stall_timeout_s)
+        # One whose connection has ended for good, as in `_send`, cannot say anything either.
+        if is_over or not link.check(now):
+            self._close_link(peer)
 
     def _distrust(self, order: Order, now: float) -> None:
         """A pull has stalled: drop its connections unless something else came over them. Bytes
@@ -277,11 +283,13 @@ class HandoffPort:
             message = CODEC.decode(frames[0].buffer) if len(frames) <= 2 else None
         except WireError:
             message = None
-        now = link.last_heard = time.monotonic()
+        now = time.monotonic()
         if isinstance(message, Welcome):
-            for refused in link.welcome(message):
+            for refused in link.welcome(message, now):
                 self._send(self.consumer.handle(refused, None, now))
-        elif isinstance(message, Blocks):
+            return
+        link.last_heard = now
+        if isinstance(message, Blocks):
             payload = link.open(message, frames[1].buffer if len(frames) == 2 else None)
             self._send(self.consumer.handle(message, payload, now))
         elif isinstance(message, Filling | Refused):

@@ -41,12 +41,13 @@ def wait_until(
 
 @dataclass
 class Served:
-    """A running endpoint: its process, its URL, its model's name."""
+    """A running endpoint: its process, its URL, its model's name; a router has engines behind."""
 
     process: subprocess.Popen[bytes]
     url: str
     model: str
     log: Path
+    engines: Sequence["Served"] = ()
     client: httpx.Client = field(init=False)
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -37,6 +37,7 @@ from tests.benchmarks.engine_settings import CHUNK_TOKENS, MAX_MODEL_LEN, MODEL
 from tests.benchmarks.goodput_report import WORKLOADS, Workload
 from tests.benchmarks.peers import Unavailable
 from tests.benchmarks.stacks import Stack, install_tools, stacks
+from tests.benchmarks.vllm_times import POST, TRANSFER, counted, since
 from tests.served import Served
 
 # Requests that take longer are lost, so that an overloaded stack cannot hold up the run.
@@ -54,6 +55,9 @@ class Plan:
     seconds: float
     rounds: int
     chunk_tokens: int
+
+
+Visit = Callable[[Stack, Served, Plan, int, Path], None]
 
 
 def spec_of(shape: Workload, rate: float, seconds: float, seed: int) -> WorkloadSpec:
@@ -81,16 +85,18 @@ def measure(stack: Stack, served: Served, plan: Plan, number: int, out: Path) ->
                 f"{stack.title}, {name}, {rate:g}/s",
             )
             print(question.label, flush=True)
+            before = counted(served.engines, TRANSFER, POST)
             document = conduct(site, question, None, print)
             if document["state"] == "interrupted":
                 raise KeyboardInterrupt
-            cell = {"stack": stack.name, "workload": name, "rate": rate, "round": number}
-            notes = {"notes": _notes(served, len(document["requests"])), "run": document}
-            _write(out, f"{name}-{rate:g}-{stack.name}-{number}", cell | notes)
+            cell: Document = {"stack": stack.name, "workload": name, "rate": rate, "round": number}
+            cell |= {"notes": _notes(served, len(document["requests"])), "run": document}
+            cell["transfers"] = since(before, counted(served.engines, TRANSFER, POST))
+            write(out, f"{name}-{rate:g}-{stack.name}-{number}", cell)
             time.sleep(SETTLE_S)
 
 
-def _write(out: Path, name: str, document: Document) -> None:
+def write(out: Path, name: str, document: Document) -> None:
     (out / f"{name}.json").write_text(json.dumps(document, separators=(",", ":")) + "\n")
 
 
@@ -104,8 +110,8 @@ def _notes(served: Served, count: int) -> list[Document]:
     return []
 
 
-def run(plan: Plan, names: Sequence[str], folder: Path, out: Path) -> None:
-    """Run the stacks in turns and keep everything in `out`."""
+def run(plan: Plan, names: Sequence[str], folder: Path, out: Path, visit: Visit = measure) -> None:
+    """Run the stacks in turns, visit each, and keep everything in `out`."""
     model = ensure_bench_model(MODEL)
     print("installing vllm-router and NIXL for this run", flush=True)
     tools = install_tools(folder)
@@ -120,19 +126,19 @@ def run(plan: Plan, names: Sequence[str], folder: Path, out: Path) -> None:
         for stack in stacks(tools, model, plan.chunk_tokens):
             if stack.name not in names or stack.title in missing:
                 continue
-            _write(out, "about", about)
+            write(out, "about", about)
             print(f"{stack.title} starts", flush=True)
             try:
                 with stack.run() as served:
-                    measure(stack, served, plan, number, out)
+                    visit(stack, served, plan, number, out)
             except (Unavailable, TandemError, AssertionError) as error:
                 missing[stack.title] = str(error).strip().splitlines()[-1]
                 print(f"{stack.title}: {missing[stack.title]}", flush=True)
             about["load"].append(os.getloadavg()[0])
-            _write(out, "about", about)
+            write(out, "about", about)
 
 
-def _end(number: int, _frame: FrameType | None) -> None:
+def end(number: int, _frame: FrameType | None) -> None:
     raise SystemExit(128 + number)
 
 
@@ -152,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         goodput_report.report(flags.report, flags.dry)
         return 0
     # So that a stopped run, too, ends what it has started.
-    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGTERM, end)
     chosen = {name: WORKLOADS[name] for name in flags.workloads.split(",")}
     seconds = flags.seconds
     if flags.quick:

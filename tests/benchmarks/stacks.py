@@ -125,7 +125,9 @@ class _Engines:
             prefill, decode = _enter(stack, engines)
             flags = ["--vllm-pd-disaggregation", "--kv-connector", "nixl"]
             flags += ["--prefill", prefill.url, "--decode", decode.url]
-            yield stack.enter_context(self._router(tools, flags, mark))
+            router = stack.enter_context(self._router(tools, flags, mark))
+            router.engines = (prefill, decode)
+            yield router
 
     @contextmanager
     def colocated(self, tools: Tools) -> Iterator[Served]:

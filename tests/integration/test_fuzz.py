@@ -13,11 +13,11 @@ import pytest
 import zmq
 import zmq.asyncio
 
-from cluster import engine_control, messages
+from cluster import messages
 from cluster.config import parse_config
-from cluster.messages import CODEC, Offer
+from cluster.messages import CODEC
 from cluster.metrics import MALFORMED_FRAMES
-from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, WorkerId
+from cluster.names import HandoffId, RequestId, Role, RouterId, WorkerId
 from cluster.request_plane import WorkerLink
 from cluster.sockets import Sockets
 from cluster.wire import WireError
@@ -25,10 +25,19 @@ from cluster.worker import Worker
 from cluster.worker_spec import WorkerSpec
 from deploy.engines import ENGINES, ROLES
 from kv_transfer import protocol
-from kv_transfer.protocol import Blocks, Place, ReadBlocks, Refusal, Refused, Release, Renew, Via
-from tests.integration.kv_transfer.ports import EPOCH, LAYOUT, Open, open_side
+from kv_transfer.protocol import Refusal, Refused
+from tests.integration.kv_transfer.ports import EPOCH, Open, open_side
 from tests.mutation import mutated
 from tests.waiting import until, wait_for
+from tests.wire_seeds import (
+    OFFER,
+    PROTOCOLS,
+    SNAPSHOT,
+    TO_CONSUMER,
+    TO_PRODUCER,
+    TO_ROUTER,
+    TO_WORKER,
+)
 
 __all__ = ["open_side"]
 
@@ -36,38 +45,6 @@ NUMBERS = [3_000, pytest.param(1_000_000, marks=[pytest.mark.full, pytest.mark.t
 BATCH = 500
 # What a process may keep over of whatever it was sent, allocators' own ways included.
 KEPT_BYTES = 96 << 20
-
-OFFER = Offer(HandoffId("h"), WorkerId("w"), EPOCH, LAYOUT.fingerprint, ("tcp://k",), 64, 4, 20.0)
-STATS = messages.PrefillStats(8, 8, 0, 0)
-TO_WORKER = [
-    messages.Heartbeat(RouterId("r")),
-    messages.Prefill(RequestId("p"), HandoffId("p"), (1, 2, 3), None, 0),
-    messages.Decode(RequestId("d"), (1, 2, 3), {"max_tokens": 2}, None, "salt", 0),
-    messages.Decode(RequestId("e"), (1, 2, 3), {"max_tokens": 2}, OFFER, None, 1),
-    messages.Cancel(RequestId("d")),
-    messages.ChangeRole(Role.DECODE, 1),
-]
-SNAPSHOT = messages.WorkerSnapshot(
-    WorkerId("w"), Role.DECODE, 1, 0, 0, 16, 9, 9, 0, 0, 0, 0, 0, 0.5, {"bytes_sent": 3}
-)
-TO_ROUTER = [
-    messages.Rejected(RequestId("d"), "full"),
-    messages.Prefilled(RequestId("d"), OFFER, STATS),
-    messages.Tokens(RequestId("d"), (1, 2), FinishReason.STOP, 7, {"a": [1.5]}, None, STATS),
-    messages.Failed(RequestId("d"), "engine", "why"),
-    SNAPSHOT,
-]
-TO_PRODUCER = [
-    protocol.Greet(EPOCH, (Via.TCP, Via.SHM)),
-    ReadBlocks(HandoffId("held"), EPOCH, LAYOUT.fingerprint, 0, 0, 2, (Via.TCP,), (1, 2)),
-    Renew(HandoffId("held"), EPOCH, (3,)),
-    Release(HandoffId("nobody"), EPOCH, is_loaded=False),
-]
-TO_CONSUMER = [
-    protocol.Welcome(EPOCH, (Place(Via.TCP, ""), Place(Via.SHM, "boot/1/2/00"))),
-    Blocks(HandoffId("h"), 0, 0, 2, 8192, 5, 8192, Via.TCP, 0),
-    Refused(HandoffId("h"), Refusal.ENDED, "over"),
-]
 
 
 def frames(codec: Any, kinds: list[Any], seed: int) -> Iterator[bytes]:
@@ -84,21 +61,8 @@ def memory() -> Iterator[None]:
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.parametrize(
     ("codec", "kinds"),
-    [
-        (CODEC, TO_WORKER + TO_ROUTER),
-        (protocol.CODEC, TO_PRODUCER + TO_CONSUMER),
-        (
-            engine_control.CODEC,
-            [
-                engine_control.AskLoad(),
-                engine_control.DropHandoffs(("a", "b")),
-                engine_control.AskFailure("r"),
-                engine_control.PullFailure("why"),
-                engine_control.BlockLoad(9, 9, 0, 0, ("tcp://k",), "f", 16, {"a": 1}),
-            ],
-        ),
-    ],
-    ids=["request and token", "KV", "control"],
+    PROTOCOLS.values(),
+    ids=PROTOCOLS,
 )
 def test_decoders(codec: Any, kinds: list[Any], number: int, memory: None) -> None:
     num_valid = 0
