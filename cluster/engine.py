@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from cluster.messages import Offer, PrefillStats, Receipt
 from cluster.names import FinishReason, HandoffId, RequestId
+from cluster.pairing import CacheLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class EngineFacts:
     max_model_len: int
     vocab_size: int
     epoch: int
-    fingerprint: str
+    layout: CacheLayout
     is_simulated: bool
 
 
@@ -117,7 +118,7 @@ class HandoffPort(Protocol):
     """
 
     endpoints: tuple[str, ...]
-    fingerprint: str
+    layout: CacheLayout
 
     def write(self, block_id: int, content: bytes) -> None: ...
 

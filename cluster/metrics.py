@@ -343,6 +343,12 @@ HANDOFF_STAGE_SECONDS = _worker.timed_elsewhere(
 
 # --- the controller: pools and decisions
 
+REFUSED_PAIRS = _controller.gauge(
+    "tandem_refused_pairs",
+    "pairs",
+    "Pairs of prefill and decode workers that are up and never hand over to each other: their KV"
+    " caches are laid out differently, as `tandem status` says",
+)
 HEALTHY = _controller.gauge(
     "tandem_healthy", "boolean", "1 if both pools have a Ready worker, else 0"
 )

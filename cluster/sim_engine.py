@@ -127,7 +127,7 @@ class SimulatedEngine:
             max_model_len=self._model.max_model_len,
             vocab_size=self._model.vocab_size,
             epoch=self._epoch,
-            fingerprint=self._port.fingerprint,
+            layout=self._port.layout,
             is_simulated=True,
         )
 
@@ -348,7 +348,7 @@ class SimulatedEngine:
             handoff_id,
             self._worker_id,
             self._epoch,
-            self._port.fingerprint,
+            self._port.layout.fingerprint,
             self._port.endpoints,
             sequence.num_prompt,
             self._num_blocks(sequence.num_prompt),

@@ -180,7 +180,7 @@ class VllmEngine:
             max_model_len=self._config.model_config.max_model_len,
             vocab_size=self._config.model_config.get_vocab_size(),
             epoch=self._epoch,
-            fingerprint=load.fingerprint,
+            layout=load.layout,
             is_simulated=False,
         )
 

@@ -112,6 +112,7 @@ class Worker:
             epoch=self._facts.epoch,
             node=self._spec.bind_host,
             exporter=self._exporter.address,
+            layout=self._facts.layout,
         )
 
     async def run(self) -> None:

@@ -32,6 +32,7 @@ from cluster.engine_control import (
 )
 from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId
+from cluster.pairing import NO_LAYOUT
 from cluster.process_guard import die_with_parent, end_quickly
 from cluster.wire import WireError
 from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddress, WorkerReport
@@ -86,7 +87,7 @@ class SchedulerHalf:
         self._totals: dict[str, int] = {}
         self._drops: deque[HandoffId] = deque()
         self._endpoints: tuple[str, ...] = ()
-        self._fingerprint = ""
+        self._layout = NO_LAYOUT
         self._block_pool: BlockPool | None = None
         self._is_closing = False
         self._control = threading.Thread(target=self._serve_control, daemon=True)
@@ -98,7 +99,7 @@ class SchedulerHalf:
         """Take every rank's port address; called once, before the first request."""
         ranked: list[PortAddress] = [addresses[rank] for rank in sorted(addresses)]
         self._endpoints = tuple(address.endpoint for address in ranked)
-        self._fingerprint = ranked[0].fingerprint
+        self._layout = ranked[0].layout
         self._control.start()
 
     def on_new_request(self, request: "Request") -> None:
@@ -274,7 +275,7 @@ class SchedulerHalf:
             handoff_id,
             self._settings.worker_id,
             self._settings.epoch,
-            self._fingerprint,
+            self._layout.fingerprint,
             self._endpoints,
             num_tokens,
             num_blocks,
@@ -323,7 +324,7 @@ class SchedulerHalf:
             sum(num_blocks for _, num_blocks in held),
             len(held),
             self._endpoints,
-            self._fingerprint,
+            self._layout,
             self._block_sizes[0],
             self._totals,
         )

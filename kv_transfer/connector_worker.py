@@ -93,7 +93,7 @@ class WorkerHalf:
             self._vllm_config.scheduler_config.max_num_batched_tokens,
             keys=key_source(settings.keys),
         )
-        self._fingerprint = store.layout.fingerprint
+        self._layout = store.layout.outline()
 
     def _identity(self) -> dict[str, str | int]:
         model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
@@ -108,7 +108,7 @@ class WorkerHalf:
         }
 
     def address(self) -> PortAddress | None:
-        return PortAddress(self._port.endpoint, self._fingerprint) if self._port else None
+        return PortAddress(self._port.endpoint, self._layout) if self._port else None
 
     def carry_out(self, orders: "KVConnectorMetadata") -> None:
         """Hand this step's orders to the port's thread."""

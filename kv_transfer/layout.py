@@ -6,8 +6,10 @@ same block index out of every region of its group, in region order.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+
+from cluster.pairing import CacheLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +41,19 @@ class BlockLayout:
         for group in self.groups:
             digest.update(f"{group.block_size}:{group.region_bytes}\n".encode())
         return digest.hexdigest()[:32]
+
+    def outline(self) -> CacheLayout:
+        """Return the fingerprint with what it is of, so that a difference can be named."""
+
+        def words(values: Iterable[object]) -> str:
+            return "+".join(map(str, values))
+
+        facts = {
+            "block_size": words(group.block_size for group in self.groups),
+            "regions": words(len(group.region_bytes) for group in self.groups),
+            "block_bytes": words(group.block_bytes for group in self.groups),
+        }
+        return CacheLayout(self.fingerprint, {**self.identity, **facts})
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,7 +152,12 @@ class Admission:
         is_prefill = entry.role is Role.PREFILL
         num_reserved = load.num_prefills if is_prefill else load.num_streams
         return WorkerView(
-            entry.worker_id, entry.domain, num_reserved, load.prefill_tokens, worker.num_waiting
+            entry.worker_id,
+            entry.domain,
+            num_reserved,
+            load.prefill_tokens,
+            worker.num_waiting,
+            entry.layout.fingerprint,
         )
 
 

@@ -210,6 +210,12 @@ _REFUSALS = Row(
             unit="ops",
         ),
         Panel(
+            "Pairs that do not fit",
+            "Prefill and decode workers whose KV caches differ in layout: they never hand over.",
+            (Query(total("tandem_refused_pairs"), "pairs"),),
+            decimals=0,
+        ),
+        Panel(
             "Malformed frames, by plane",
             "Bytes on a port that are no valid message.",
             (Query(rate("tandem_malformed_frames_total", "plane"), "{{plane}}"),),

@@ -77,8 +77,10 @@ async def test_facts_after_start(engines: Engines) -> None:
     producer, consumer = engines.producer.facts, engines.consumer.facts
     assert producer.block_size > 0 and producer.vocab_size > 0
     assert producer.max_model_len == 1024
-    assert len(producer.fingerprint) == 32
-    assert producer.fingerprint == consumer.fingerprint, "one configuration, one layout"
+    assert len(producer.layout.fingerprint) == 32
+    assert producer.layout == consumer.layout, "one configuration, one layout"
+    assert producer.layout.facts == consumer.layout.facts
+    assert producer.layout.facts["block_size"] == str(producer.block_size)
     assert producer.epoch != consumer.epoch, "two lives"
 
 
@@ -102,7 +104,7 @@ async def test_produce_offers_and_holds(engines: Engines) -> None:
     assert [output.offer for output in outputs] == [offer, offer]
     assert len(tokens_of(outputs)) == 1
     assert (offer.handoff_id, offer.worker_id) == (request.produce, "prefill-0")
-    assert (offer.epoch, offer.fingerprint) == (facts.epoch, facts.fingerprint)
+    assert (offer.epoch, offer.fingerprint) == (facts.epoch, facts.layout.fingerprint)
     assert offer.num_tokens == 300
     assert offer.num_blocks == -(-300 // facts.block_size)
     assert (len(offer.endpoints), offer.lease_s) == (1, LEASE_S)

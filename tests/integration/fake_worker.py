@@ -22,6 +22,7 @@ from cluster.messages import (
     WorkerSnapshot,
 )
 from cluster.names import FinishReason, RequestId, Role, WorkerId
+from cluster.pairing import CacheLayout
 from cluster.request_plane import WorkerSocket
 from cluster.snapshot import WorkerEntry
 from cluster.sockets import Sockets
@@ -55,6 +56,7 @@ class FakeWorker:
     num_waiting: int = 0
     produced_bytes: int = KV_BYTES
     begins: bool = False
+    layout: str = ""
     plans: deque[Plan] = field(default_factory=deque)
     requests: list[Prefill | Decode] = field(default_factory=list)
     cancelled: list[RequestId] = field(default_factory=list)
@@ -71,7 +73,8 @@ class FakeWorker:
 
     @property
     def entry(self) -> WorkerEntry:
-        return WorkerEntry(self.worker_id, self.role, self.socket.endpoint, self.epoch, "node")
+        layout, endpoint = CacheLayout(self.layout), self.socket.endpoint
+        return WorkerEntry(self.worker_id, self.role, endpoint, self.epoch, "node", layout=layout)
 
     @property
     def ids(self) -> list[str]:

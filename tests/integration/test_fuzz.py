@@ -18,6 +18,7 @@ from cluster.config import parse_config
 from cluster.messages import CODEC, Offer
 from cluster.metrics import MALFORMED_FRAMES
 from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, WorkerId
+from cluster.pairing import CacheLayout
 from cluster.request_plane import WorkerLink
 from cluster.sockets import Sockets
 from cluster.wire import WireError
@@ -94,7 +95,9 @@ def memory() -> Iterator[None]:
                 engine_control.DropHandoffs(("a", "b")),
                 engine_control.AskFailure("r"),
                 engine_control.PullFailure("why"),
-                engine_control.BlockLoad(9, 9, 0, 0, ("tcp://k",), "f", 16, {"a": 1}),
+                engine_control.BlockLoad(
+                    9, 9, 0, 0, ("tcp://k",), CacheLayout("f", {"b": 1}), 16, {"a": 1}
+                ),
             ],
         ),
     ],

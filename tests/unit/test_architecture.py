@@ -72,6 +72,7 @@ PURE = {
     "cluster/names.py",
     "cluster/overview.py",
     "cluster/packing.py",
+    "cluster/pairing.py",
     "cluster/placement.py",
     "cluster/pool_size.py",
     "cluster/pools.py",

@@ -28,9 +28,14 @@ LONG = PlacementRequest(num_prompt_tokens=100)
 
 
 def view(
-    name: str, num_reserved: int = 0, tokens: int = 0, waiting: int = 0, domain: str = ""
+    name: str,
+    num_reserved: int = 0,
+    tokens: int = 0,
+    waiting: int = 0,
+    domain: str = "",
+    layout: str = "",
 ) -> WorkerView:
-    return WorkerView(WorkerId(name), domain, num_reserved, tokens, waiting)
+    return WorkerView(WorkerId(name), domain, num_reserved, tokens, waiting, layout)
 
 
 def ids(*names: str) -> frozenset[WorkerId]:
@@ -102,6 +107,26 @@ PLACEMENTS = [
     ("the last resort is decode", IDLE, replace(LONG, is_last_resort=True), (None, "d0")),
     ("no prefill worker", snapshot([], [view("d0")]), LONG, (None, "d0")),
     ("every prefill worker excluded", IDLE, replace(LONG, excluded=ids("p0", "p1")), (None, "d0")),
+    (
+        "only a prefill worker whose KV cache fits, however loaded",
+        snapshot(
+            [view("p0", layout="x"), view("p1", 1, 900, layout="y")], [view("d0", layout="y")]
+        ),
+        LONG,
+        ("p1", "d0"),
+    ),
+    (
+        "a decode worker that some prefill worker fits comes first",
+        snapshot([view("p0", layout="y")], [view("d0", layout="x"), view("d1", 2, layout="y")]),
+        LONG,
+        ("p0", "d1"),
+    ),
+    (
+        "none fits",
+        snapshot([view("p0", layout="x")], [view("d0", layout="y")]),
+        LONG,
+        (None, "d0"),
+    ),
     (
         "a full prefill pool does not hold up a short prompt",
         snapshot([view("p0", 2)], [view("d0")]),
@@ -193,6 +218,7 @@ VIEWS = st.builds(
     st.integers(0, 1000),
     st.integers(0, 5),
     st.sampled_from(["", "a", "b"]),
+    st.sampled_from(["x", "y"]),
 )
 POOLS = st.lists(VIEWS, max_size=5, unique_by=lambda entry: entry.worker_id)
 REQUESTS = st.builds(
@@ -228,6 +254,8 @@ def test_every_decision_is_sound(
         if decision.prefill_worker is not None:
             assert not request.local_only and not request.is_last_resort
             assert prefills[decision.prefill_worker].num_reserved < CONFIG.prefills_per_worker
+            layouts = {prefills[decision.prefill_worker].layout}
+            assert layouts == {decodes[decision.decode_worker].layout}
             chosen.add(decision.prefill_worker)
         assert not chosen & request.excluded
     elif isinstance(decision, Queued):
