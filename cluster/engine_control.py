@@ -8,7 +8,7 @@ begins to compute a prompt: the connector does, on a line of its own.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.messages import Offer
+from cluster.messages import Holder, Offer
 from cluster.pairing import CacheLayout
 from cluster.wire import Codec
 
@@ -55,6 +55,7 @@ class BlockLoad:
     layout: CacheLayout
     block_size: int
     counts: Mapping[str, object]
+    holders: tuple[Holder, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

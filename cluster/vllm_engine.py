@@ -347,6 +347,7 @@ class VllmEngine:
             num_held_blocks=blocks.num_held_blocks,
             num_held_handoffs=blocks.num_held_handoffs,
             counts=_counts(blocks.counts),
+            holders=blocks.holders,
         )
 
     async def _ask_load(self, message: AskLoad | DropHandoffs) -> BlockLoad:

@@ -251,6 +251,7 @@ class Worker:
             computed_prompt_tokens=self._work.computed_prompt_tokens,
             busy_s=self._work.busy_s,
             counts=without_times(load.counts),
+            holders=load.holders,
         )
 
     # The engine.

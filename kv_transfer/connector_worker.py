@@ -10,8 +10,10 @@ from cluster.process_guard import die_with_parent, end_quickly
 from cluster.ring_file import key_source
 from cluster.vllm_cpu import claim_amx_tiles, make_seeded_prompts_chunkable
 from kv_transfer.array_blocks import ArrayBlockStore, Bytes
+from kv_transfer.blocks import BlockStore
 from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddress, WorkerReport
 from kv_transfer.layout import BlockLayout, GroupLayout
+from kv_transfer.packed_blocks import PackedBlockStore
 from kv_transfer.port import HandoffPort
 
 if TYPE_CHECKING:
@@ -70,21 +72,26 @@ class WorkerHalf:
         self._is_idle = False
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Open the port over the engine's KV tensors; raise `UnsupportedCache`."""
+        """Open the port over the engine's KV tensors; raise `ValueError` if they cannot go."""
         num_blocks = self._kv_cache_config.num_blocks
         regions: list[list[Bytes]] = []
         groups: list[GroupLayout] = []
+        dtypes: list[list[torch.dtype]] = []
         for group in self._kv_cache_config.kv_cache_groups:
-            rows = [
-                row
+            found = [
+                (row, kv_caches[name].dtype)
                 for name in group.layer_names
                 for row in block_rows(name, kv_caches[name], num_blocks)
             ]
+            rows = [row for row, _ in found]
             regions.append(rows)
+            dtypes.append([dtype for _, dtype in found])
             sizes = tuple(row.shape[1] for row in rows)
             groups.append(GroupLayout(group.kv_cache_spec.block_size, sizes))
-        store = ArrayBlockStore(BlockLayout(tuple(groups), self._identity()), regions)
         settings = self._settings
+        store: BlockStore = ArrayBlockStore(BlockLayout(tuple(groups), self._identity()), regions)
+        if settings.handoff.wire_dtype != "as_is":
+            store = PackedBlockStore(store, dtypes, settings.handoff.wire_dtype)
         self._port = HandoffPort(
             store,
             settings.handoff,
@@ -103,6 +110,7 @@ class WorkerHalf:
             "revision": str(model.revision),
             "dtype": str(model.dtype),
             "cache_dtype": str(cache.cache_dtype),
+            "wire_dtype": self._settings.handoff.wire_dtype,
             "tensor_parallel": parallel.tensor_parallel_size,
             "pipeline_parallel": parallel.pipeline_parallel_size,
         }

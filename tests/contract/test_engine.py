@@ -110,6 +110,9 @@ async def test_produce_offers_and_holds(engines: Engines) -> None:
     assert (len(offer.endpoints), offer.lease_s) == (1, LEASE_S)
     load = await engines.producer.engine.load()
     assert (load.num_held_blocks, load.num_held_handoffs) == (offer.num_blocks, 1)
+    (holder,) = load.holders
+    assert (holder.handoff_id, holder.num_blocks) == (offer.handoff_id, offer.num_blocks)
+    assert 0 <= holder.held_s < LEASE_S
     assert load.num_free_blocks == engines.start[0].num_free_blocks - offer.num_blocks
     await engines.producer.engine.release([offer.handoff_id])
 

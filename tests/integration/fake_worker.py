@@ -9,6 +9,7 @@ from cluster.messages import (
     Decode,
     Failed,
     Heartbeat,
+    Holder,
     Offer,
     Offered,
     Prefill,
@@ -57,6 +58,7 @@ class FakeWorker:
     produced_bytes: int = KV_BYTES
     begins: bool = False
     layout: str = ""
+    holders: tuple[Holder, ...] = ()
     plans: deque[Plan] = field(default_factory=deque)
     requests: list[Prefill | Decode] = field(default_factory=list)
     cancelled: list[RequestId] = field(default_factory=list)
@@ -192,6 +194,7 @@ class FakeWorker:
             computed_prompt_tokens=0,
             busy_s=0.0,
             counts={},
+            holders=self.holders,
         )
 
 

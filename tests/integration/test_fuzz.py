@@ -49,7 +49,21 @@ TO_WORKER = [
     messages.ChangeRole(Role.DECODE, 1),
 ]
 SNAPSHOT = messages.WorkerSnapshot(
-    WorkerId("w"), Role.DECODE, 1, 0, 0, 9, 9, 0, 0, 0, 0, 0, 0.5, {"bytes_sent": 3}
+    WorkerId("w"),
+    Role.DECODE,
+    1,
+    0,
+    0,
+    9,
+    9,
+    0,
+    0,
+    0,
+    0,
+    0,
+    0.5,
+    {"bytes_sent": 3},
+    (messages.Holder(HandoffId("h"), 4, 0.5),),
 )
 TO_ROUTER = [
     messages.Rejected(RequestId("d"), "full"),
