@@ -7,7 +7,7 @@ messages per multipart. `PROTOCOL_VERSION` history:
 2. a receipt names the transport.
 3. prefill may sample the first token, and decode goes on from it; a prompt's blocks are offered
    when it begins to be computed.
-4. a snapshot names what pins the most blocks.
+4. a snapshot names what pins the most blocks; an offer says how large its own are.
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,8 @@ class Offer:
 
     `endpoints` has one KV-plane address per tensor-parallel rank. `epoch` names one life of
     the producer's engine and `fingerprint` its block layout; a read that differs in either is
-    refused. `lease_s` is a duration: clocks are never compared across machines.
+    refused. `lease_s` is a duration: clocks are never compared across machines. `block_size` is
+    the producer's, in tokens; None is the reader's own.
     """
 
     handoff_id: HandoffId
@@ -38,6 +39,7 @@ class Offer:
     num_tokens: int
     num_blocks: int
     lease_s: float
+    block_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -360,6 +360,7 @@ class SimulatedEngine:
             sequence.num_prompt,
             self._num_blocks(sequence.num_prompt),
             self._lease_s,
+            self._model.block_size,
         )
 
     def _grow(self) -> None:

@@ -283,6 +283,7 @@ class SchedulerHalf:
             num_tokens,
             num_blocks,
             self._settings.handoff.lease_s,
+            self._block_sizes[0],
         )
 
     def close(self) -> None:

@@ -12,14 +12,14 @@ from cluster.vllm_cpu import claim_amx_tiles, make_seeded_prompts_chunkable
 from kv_transfer.array_blocks import ArrayBlockStore, Bytes
 from kv_transfer.blocks import BlockStore
 from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddress, WorkerReport
-from kv_transfer.layout import BlockLayout, GroupLayout
+from kv_transfer.layout import BlockLayout, GroupLayout, TokenShape
 from kv_transfer.packed_blocks import PackedBlockStore
 from kv_transfer.port import HandoffPort
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 
 # What a step that computes nothing waits for the port to have news, instead of asking it every
@@ -87,7 +87,8 @@ class WorkerHalf:
             regions.append(rows)
             dtypes.append([dtype for _, dtype in found])
             sizes = tuple(row.shape[1] for row in rows)
-            groups.append(GroupLayout(group.kv_cache_spec.block_size, sizes))
+            shapes = self._shapes(group, kv_caches)
+            groups.append(GroupLayout(group.kv_cache_spec.block_size, sizes, shapes))
         settings = self._settings
         store: BlockStore = ArrayBlockStore(BlockLayout(tuple(groups), self._identity()), regions)
         if settings.handoff.wire_dtype != "as_is":
@@ -101,6 +102,20 @@ class WorkerHalf:
             keys=key_source(settings.keys),
         )
         self._layout = store.layout.outline()
+
+    def _shapes(
+        self, group: "KVCacheGroupSpec", kv_caches: dict[str, torch.Tensor]
+    ) -> tuple[TokenShape, ...]:
+        """Return where the group's blocks have their tokens, by layer, where that is known."""
+        if self._vllm_config.device_config.device_type != "cpu":
+            return ()
+        # It imports what only vLLM's CPU build has.
+        from kv_transfer.cpu_cells import token_shape
+
+        spec, dtype = group.kv_cache_spec, self._vllm_config.model_config.dtype
+        found = [token_shape(kv_caches[name], spec, dtype) for name in group.layer_names]
+        known = tuple(shape for shape in found if shape is not None)
+        return known if len(known) == len(found) else ()
 
     def _identity(self) -> dict[str, str | int]:
         model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config

@@ -26,7 +26,7 @@ from tests.served import Served, tandem
 
 AS_IS = "as_is"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NUM_PROMPTS, NUM_NEW_TOKENS = 48, 64
+NUM_PROMPTS, NUM_NEW_TOKENS = 24, 64
 SHORTEST, LONGEST = 100, 1500
 NUM_REPEATS = 7
 _NUM_LAYERS, _NUMBERS, _NUM_BLOCKS, _CHUNK = 8, 128 * 512, 64, 8
@@ -164,6 +164,7 @@ def main() -> int:
         plain = run(dtype, AS_IS, num_prompts)
         for wire_dtype in get_args(WireDtype):
             rows.append(line(dtype, wire_dtype, run(dtype, wire_dtype, num_prompts), plain))
+            print(*rows[-1], sep=" | ", flush=True)
     report(rows, num_prompts)
     return 0
 

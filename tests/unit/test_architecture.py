@@ -41,6 +41,7 @@ VLLM = {
     "kv_transfer/connector_scheduler.py",
     "kv_transfer/connector_settings.py",
     "kv_transfer/connector_worker.py",
+    "kv_transfer/cpu_cells.py",
     "router/app.py",
     "router/engine_client.py",
 }
