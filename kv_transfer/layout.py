@@ -95,8 +95,11 @@ class BlockLayout:
         facts = {
             "block_size": words(map(self._size_words, self.groups)),
             "regions": words(len(group.region_bytes) for group in self.groups),
-            "token_bytes": words(group.block_bytes / group.block_size for group in self.groups),
         }
+        if self.is_recuttable:
+            facts["token_bytes"] = words(g.block_bytes // g.block_size for g in self.groups)
+        else:
+            facts["block_bytes"] = words(group.block_bytes for group in self.groups)
         return CacheLayout(self.fingerprint, {**self.identity, **facts})
 
 

@@ -31,7 +31,7 @@ def test_fingerprint_is_of_the_content() -> None:
 def test_an_outline_says_what_the_fingerprint_is_of() -> None:
     layout = BlockLayout((GroupLayout(16, (8, 24)), GroupLayout(32, (40,))), IDENTITY)
     outline = layout.outline()
-    facts = {"block_size": "16+32", "regions": "2+1", "token_bytes": "2.0+1.25"}
+    facts = {"block_size": "16+32", "regions": "2+1", "block_bytes": "32+40"}
     assert outline.fingerprint == layout.fingerprint
     assert outline.facts == {**IDENTITY, **facts}
 
