@@ -94,9 +94,11 @@ async def test_workers_of_two_layouts_serve_side_by_side() -> None:
 
 
 async def test_a_worker_that_fits_nobody_never_serves_and_the_others_do() -> None:
-    settings = config(decode={"workers": 2})
-    async with running(settings, Host(), f"{LOCAL}:odd_decode_engine") as controller:
+    settings, host = config(decode={"workers": 2}), Host()
+    async with running(settings, host, f"{LOCAL}:odd_decode_engine") as controller:
         await until(lambda: "decode" in controller.status()["failed_starts"])
+        # What follows is about those that serve: no third one comes up while the test ends.
+        host.errors += [RuntimeError("enough")] * 9
         reason = controller.status()["failed_starts"]["decode"]
         assert reason == "it fits no peer: block_size is 32 on decode-2, 16 on prefill-1"
         await until(lambda: listed(controller) == {"prefill-1", "decode-1"})
