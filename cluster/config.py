@@ -117,6 +117,9 @@ class HandoffSection(Section):
     )
     tcp_connections: Count = Field(2, description="connections a pair spreads its payloads over")
     checksum: bool = Field(True, description="checksum every chunk (xxh3-64)")
+    wire_dtype: Literal["as_is", "int8", "fp8"] = Field(
+        "as_is", description="what KV numbers travel as; a byte each is quicker and changes tokens"
+    )
     stall_timeout_s: Seconds = Field(3.0, description="a pull without progress fails after this")
     bind_host: str = Field("127.0.0.1", description="address the KV plane listens on")
     fault: Literal["none", "corrupt_received_block"] = Field(

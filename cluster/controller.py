@@ -27,6 +27,7 @@ from cluster.overview import scales, state_document
 from cluster.placer import Orders, Placer
 from cluster.pool_scaler import PoolScaler
 from cluster.pools import Pools
+from cluster.reconcile import refused_pairs
 from cluster.reconfigure import InForce, judge
 from cluster.service import Counts, service_of
 from cluster.snapshot import WorkerEntry
@@ -207,6 +208,7 @@ class Controller:
             "refused": self._refused,
             "events": list(self._events),
             "failed_starts": {r.value: t.reason for r, t in observed.failed_starts.items()},
+            "refused_pairs": {"->".join(p): why for p, why in refused_pairs(observed).items()},
             "failed_proofs": {"->".join(p): t.reason for p, t in observed.failed_proofs.items()},
         }
 

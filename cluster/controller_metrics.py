@@ -9,7 +9,7 @@ from cluster import metrics
 from cluster.action_times import ActionTimes, Begun, Change
 from cluster.config import TandemConfig
 from cluster.names import Role
-from cluster.reconcile import health
+from cluster.reconcile import health, refused_pairs
 from cluster.worker_state import Observed, WorkerState
 
 # More than a controller takes over from the one before.
@@ -78,6 +78,7 @@ class ControllerMetrics:
         self, observed: Observed, wanted: Mapping[Role, int], ready: Mapping[Role, int]
     ) -> None:
         metrics.HEALTHY.set(health(observed)[0])
+        metrics.REFUSED_PAIRS.set(len(refused_pairs(observed)))
         counts = Counter((worker.role, worker.state) for worker in observed.workers)
         for role in Role:
             metrics.WANTED_WORKERS.labels(role.value).set(wanted[role])

@@ -5,12 +5,16 @@ an engine has to say about a request arrives from `outputs`, in order, and ends 
 one output whose `finish_reason` is set.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import heapq
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cluster.messages import Offer, PrefillStats, Receipt
+from cluster.messages import Holder, Offer, PrefillStats, Receipt
 from cluster.names import FinishReason, HandoffId, RequestId
+from cluster.pairing import CacheLayout
+
+_HOLDERS_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,7 @@ class EngineFacts:
     max_model_len: int
     vocab_size: int
     epoch: int
-    fingerprint: str
+    layout: CacheLayout
     is_simulated: bool
 
 
@@ -74,6 +78,7 @@ class EngineLoad:
     """Read from the engine's own scheduler and block pool at the time of the call.
 
     `counts` are the KV plane's totals by kind: hand-offs ended, reads refused, chunks rejected.
+    `holders` are the held KV caches with the most block-seconds, `top_holders` of them all.
     """
 
     num_running: int
@@ -83,6 +88,12 @@ class EngineLoad:
     num_held_blocks: int
     num_held_handoffs: int
     counts: Mapping[str, int]
+    holders: tuple[Holder, ...] = ()
+
+
+def top_holders(held: Iterable[Holder]) -> tuple[Holder, ...]:
+    """Return the few that cost the most so far, the dearest first."""
+    return tuple(heapq.nlargest(_HOLDERS_NAMED, held, key=lambda holder: holder.block_s))
 
 
 class EngineDead(Exception):
@@ -117,7 +128,7 @@ class HandoffPort(Protocol):
     """
 
     endpoints: tuple[str, ...]
-    fingerprint: str
+    layout: CacheLayout
 
     def write(self, block_id: int, content: bytes) -> None: ...
 

@@ -8,10 +8,11 @@ begins to compute a prompt: the connector does, on a line of its own.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from cluster.messages import Offer
+from cluster.messages import Holder, Offer
+from cluster.pairing import CacheLayout
 from cluster.wire import Codec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 # Behind the control endpoint: where the engine tells its news.
 NEWS_SUFFIX = "-news"
 
@@ -51,9 +52,10 @@ class BlockLoad:
     num_held_blocks: int
     num_held_handoffs: int
     endpoints: tuple[str, ...]
-    fingerprint: str
+    layout: CacheLayout
     block_size: int
     counts: Mapping[str, object]
+    holders: tuple[Holder, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,12 +1,13 @@
 """The controller's notes on its workers, and how they survive it."""
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol, Self
 
 from cluster.load import WorkerLoad
 from cluster.names import Role, WorkerId
+from cluster.pairing import refusal
 from cluster.request_plane import WorkerLink
 from cluster.ring_file import KeySource
 from cluster.service import PlacedWorker, Tenure
@@ -98,6 +99,8 @@ class Member:
 
     def observe(self) -> ObservedWorker:
         seen = ObservedWorker(self.worker_id, self.role, self.state, self.since, self.is_spare)
+        if self.entry is not None:
+            seen = replace(seen, layout=self.entry.layout)
         snapshot = self.link.snapshot if self.link else None
         if snapshot is None:
             return seen
@@ -191,6 +194,14 @@ class Member:
             tuple(document["cpus"]),
             start_s=document["start_s"],
         )
+
+
+def unpaired(newcomer: Member, members: Iterable[Member]) -> str | None:
+    """Return why a worker that has just come up hands over to none or only some of the others."""
+    others = (m for m in members if m.role is not newcomer.role)
+    known = {m.worker_id: m.entry.layout for m in others if m.entry is not None}
+    assert newcomer.entry is not None
+    return refusal((newcomer.worker_id, newcomer.entry.layout), known.items())
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ messages per multipart. `PROTOCOL_VERSION` history:
 2. a receipt names the transport.
 3. prefill may sample the first token, and decode goes on from it; a prompt's blocks are offered
    when it begins to be computed.
+4. a snapshot names what pins the most blocks; an offer says how large its own are.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, WorkerId
 from cluster.wire import Codec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 # How a first token that prefill has sampled ends its request.
 FIRST_IS_LAST = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -26,7 +27,8 @@ class Offer:
 
     `endpoints` has one KV-plane address per tensor-parallel rank. `epoch` names one life of
     the producer's engine and `fingerprint` its block layout; a read that differs in either is
-    refused. `lease_s` is a duration: clocks are never compared across machines.
+    refused. `lease_s` is a duration: clocks are never compared across machines. `block_size` is
+    the producer's, in tokens; None is the reader's own.
     """
 
     handoff_id: HandoffId
@@ -37,6 +39,7 @@ class Offer:
     num_tokens: int
     num_blocks: int
     lease_s: float
+    block_size: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,11 +183,25 @@ class Failed:
 
 
 @dataclass(frozen=True, slots=True)
+class Holder:
+    """A held KV cache, as long as its producer has known of it: blocks that nobody else can use."""
+
+    handoff_id: HandoffId
+    num_blocks: int
+    held_s: float
+
+    @property
+    def block_s(self) -> float:
+        return self.num_blocks * self.held_s
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerSnapshot:
     """Worker to router, in answer to each heartbeat: the worker's own view of its load.
 
     `generated_tokens` (decode role), `computed_prompt_tokens` (prefill role, cached ones left
-    out) and `busy_s` (seconds with a request open) only grow within one epoch.
+    out) and `busy_s` (seconds with a request open) only grow within one epoch. `holders` are
+    those with the most block-seconds.
     """
 
     worker_id: WorkerId
@@ -202,6 +219,7 @@ class WorkerSnapshot:
     computed_prompt_tokens: int
     busy_s: float
     counts: Mapping[str, object]
+    holders: tuple[Holder, ...] = ()
 
 
 CODEC = Codec(

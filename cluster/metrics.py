@@ -256,6 +256,11 @@ FREE_BLOCKS = _worker.gauge(
 PINNED_BLOCKS = _worker.gauge(
     "tandem_pinned_blocks", "blocks", "KV blocks held for hand-offs that decode has not pulled yet"
 )
+PINNED_BLOCK_SECONDS = _worker.counter(
+    "tandem_pinned_block_seconds_total",
+    "block-seconds",
+    "Held KV blocks times how long; `GET /debug/pinned` names the holders that cost the most",
+)
 LEAKED_BLOCKS = _worker.gauge(
     "tandem_leaked_blocks",
     "blocks",
@@ -343,6 +348,11 @@ HANDOFF_STAGE_SECONDS = _worker.timed_elsewhere(
 
 # --- the controller: pools and decisions
 
+REFUSED_PAIRS = _controller.gauge(
+    "tandem_refused_pairs",
+    "pairs",
+    "Pairs of workers that never hand over: their KV caches differ, as `tandem status` says",
+)
 HEALTHY = _controller.gauge(
     "tandem_healthy", "boolean", "1 if both pools have a Ready worker, else 0"
 )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from cluster.gate import num_exposable
 from cluster.names import Role, WorkerId
+from cluster.pairing import mismatch
 from cluster.pool_size import resize
 from cluster.worker_state import (
     Action,
@@ -26,27 +27,57 @@ MAX_PROOFS = 3
 FAILING_AFTER = 2
 # Who can hand over, those that serve last.
 _UP = (WorkerState.WARMING, WorkerState.HELD, WorkerState.READY)
+_COMING = (WorkerState.PENDING, WorkerState.STARTING)
 
 
 def decide(desired: Desired, observed: Observed, now: float) -> list[Action]:
     """Return the actions that bring `observed` closer to `desired`, each with its reason."""
     actions = resize(desired, observed, now)
     leaving = {a.worker_id for a in actions if isinstance(a, StopWorker | Enter | TakeRole)}
+    unpaired = list(_stop_unpaired(observed, leaving))
+    leaving |= {action.worker_id for action in unpaired}
     proofs = list(_prove(observed, leaving, now)) if desired.proof else []
     leaving |= {action.worker_id for action in proofs if isinstance(action, StopWorker)}
-    return [*actions, *proofs, *_expose(desired, observed, leaving)]
+    return [*actions, *unpaired, *proofs, *_expose(desired, observed, leaving)]
+
+
+def refused_pairs(observed: Observed) -> dict[Pair, str]:
+    """Return the pairs of workers that are up and never hand over to each other, and why: the
+    layouts of their KV caches differ."""
+    up = observed.in_state(*_UP)
+    if len({worker.layout for worker in up}) < 2:
+        return {}
+    prefills, decodes = ([w for w in up if w.role is r] for r in (Role.PREFILL, Role.DECODE))
+    pairs = {(p.worker_id, d.worker_id): _mismatch(p, d) for p in prefills for d in decodes}
+    return {pair: reason for pair, reason in pairs.items() if reason is not None}
+
+
+def _mismatch(one: ObservedWorker, other: ObservedWorker) -> str | None:
+    return mismatch((one.worker_id, one.layout), (other.worker_id, other.layout))
+
+
+def _stop_unpaired(observed: Observed, leaving: set[WorkerId]) -> Iterator[StopWorker]:
+    """Stop newcomers that could hand over to nobody, once nobody else of the other role comes."""
+    for worker in observed.in_state(WorkerState.WARMING):
+        peers = [w for w in observed.in_state(*_UP, *_COMING) if w.role is not worker.role]
+        if worker.worker_id in leaving or any(peer.state in _COMING for peer in peers):
+            continue
+        reasons = [_mismatch(worker, peer) for peer in peers]
+        if reasons and all(reasons):
+            yield StopWorker(worker.worker_id, f"it fits no peer: {reasons[0]}", is_failure=True)
 
 
 def _pairs_to_prove(observed: Observed) -> dict[Pair, tuple[ObservedWorker, ObservedWorker]]:
     """Return a (prefill, decode) pair for every new worker that has not handed over yet.
 
-    Its peer is one that serves if there is any, and not the same one for all newcomers.
+    Its peer is one whose KV cache fits, that serves if any does, and not the same one for all
+    newcomers.
     """
     handed_over = observed.handed_over
     up = sorted(observed.in_state(*_UP), key=lambda worker: -_UP.index(worker.state))
     pairs: dict[Pair, tuple[ObservedWorker, ObservedWorker]] = {}
     for number, worker in enumerate(observed.in_state(WorkerState.WARMING)):
-        others = [peer for peer in up if peer.role is not worker.role]
+        others = [p for p in up if p.role is not worker.role and p.layout == worker.layout]
         if worker.worker_id in handed_over or not others:
             continue
         peers = [peer for peer in others if peer.state is others[0].state]
@@ -128,6 +159,7 @@ def health(observed: Observed) -> tuple[bool, str]:
     if not missing:
         return True, "serving"
     reasons = [f"no warm {role} worker" for role in missing]
+    reasons += [*refused_pairs(observed).values()]
     reasons += [t.reason for t in observed.failed_proofs.values()]
     reasons += [f"{role}: {t.reason}" for role, t in observed.failed_starts.items()]
     return False, "; ".join(dict.fromkeys(reasons))

@@ -8,6 +8,7 @@ wrong blocks or another first token give wrong tokens. Imports neither torch nor
 import asyncio
 import hashlib
 import secrets
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,10 @@ from cluster.engine import (
     EngineOutput,
     EngineRequest,
     HandoffPort,
+    top_holders,
 )
 from cluster.errors import ConfigError
-from cluster.messages import Offer, PrefillStats, Receipt
+from cluster.messages import Holder, Offer, PrefillStats, Receipt
 from cluster.names import FinishReason, HandoffId, RequestId, WorkerId
 
 _POLL_S = 0.001
@@ -106,7 +108,7 @@ class SimulatedEngine:
         self._waiting: deque[_Sequence] = deque()
         self._pulling: dict[str, _Sequence] = {}
         self._running: list[_Sequence] = []
-        self._held: dict[str, tuple[HandoffId, list[int]]] = {}
+        self._held: dict[str, tuple[HandoffId, list[int], float]] = {}
         self._outbox: list[EngineOutput] = []
         self._work = asyncio.Event()
 
@@ -127,7 +129,7 @@ class SimulatedEngine:
             max_model_len=self._model.max_model_len,
             vocab_size=self._model.vocab_size,
             epoch=self._epoch,
-            fingerprint=self._port.fingerprint,
+            layout=self._port.layout,
             is_simulated=True,
         )
 
@@ -193,14 +195,18 @@ class SimulatedEngine:
             self._port.drop(handoff_id)
 
     async def load(self) -> EngineLoad:
+        now = time.monotonic()
         return EngineLoad(
             num_running=len(self._running),
             num_waiting=len(self._waiting) + len(self._pulling),
             num_blocks=self._section.num_blocks,
             num_free_blocks=len(self._free),
-            num_held_blocks=sum(len(ids) for _, ids in self._held.values()),
+            num_held_blocks=sum(len(ids) for _, ids, _ in self._held.values()),
             num_held_handoffs=len(self._held),
             counts=dict(self._port.totals()),
+            holders=top_holders(
+                Holder(name, len(ids), now - since) for name, ids, since in self._held.values()
+            ),
         )
 
     async def stop(self) -> None:
@@ -341,18 +347,20 @@ class SimulatedEngine:
     def _hold_for(self, sequence: _Sequence, block_ids: list[int]) -> None:
         """Keep blocks until the port says that nobody reads them any more."""
         assert sequence.request.produce is not None
-        self._held[sequence.request.request_id] = (sequence.request.produce, block_ids)
+        name, now = sequence.request.produce, time.monotonic()
+        self._held[sequence.request.request_id] = (name, block_ids, now)
 
     def _offer(self, sequence: _Sequence, handoff_id: HandoffId) -> Offer:
         return Offer(
             handoff_id,
             self._worker_id,
             self._epoch,
-            self._port.fingerprint,
+            self._port.layout.fingerprint,
             self._port.endpoints,
             sequence.num_prompt,
             self._num_blocks(sequence.num_prompt),
             self._lease_s,
+            self._model.block_size,
         )
 
     def _grow(self) -> None:

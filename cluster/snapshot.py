@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self, cast
 
 from cluster.names import Role, WorkerId
+from cluster.pairing import NO_LAYOUT, CacheLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +14,8 @@ class WorkerEntry:
     """One worker as the controller lists it, once it has passed its warm-up.
 
     `epoch` names one life of the worker's engine; `domain` its network domain, empty where the
-    cluster has no such labels; `exporter` is "host:port" of its metrics.
+    cluster has no such labels; `exporter` is "host:port" of its metrics; `layout` is its
+    KV cache's.
     """
 
     worker_id: WorkerId
@@ -23,6 +25,7 @@ class WorkerEntry:
     node: str
     domain: str = ""
     exporter: str = ""
+    layout: CacheLayout = NO_LAYOUT
 
     def as_document(self) -> dict[str, object]:
         return {**dataclasses.asdict(self), "role": self.role.value}
@@ -31,6 +34,8 @@ class WorkerEntry:
     def from_document(cls, document: Mapping[str, object]) -> Self:
         """Return the entry; raise `TypeError` or `ValueError` for anything but its fields."""
         fields = cast(dict[str, Any], {**document, "role": Role(cast(str, document["role"]))})
+        if "layout" in fields:
+            fields["layout"] = CacheLayout(**fields["layout"])
         return cls(**fields)
 
 

@@ -180,7 +180,7 @@ class VllmEngine:
             max_model_len=self._config.model_config.max_model_len,
             vocab_size=self._config.model_config.get_vocab_size(),
             epoch=self._epoch,
-            fingerprint=load.fingerprint,
+            layout=load.layout,
             is_simulated=False,
         )
 
@@ -347,6 +347,7 @@ class VllmEngine:
             num_held_blocks=blocks.num_held_blocks,
             num_held_handoffs=blocks.num_held_handoffs,
             counts=_counts(blocks.counts),
+            holders=blocks.holders,
         )
 
     async def _ask_load(self, message: AskLoad | DropHandoffs) -> BlockLoad:

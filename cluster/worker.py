@@ -112,6 +112,7 @@ class Worker:
             epoch=self._facts.epoch,
             node=self._spec.bind_host,
             exporter=self._exporter.address,
+            layout=self._facts.layout,
         )
 
     async def run(self) -> None:
@@ -251,6 +252,7 @@ class Worker:
             computed_prompt_tokens=self._work.computed_prompt_tokens,
             busy_s=self._work.busy_s,
             counts=without_times(load.counts),
+            holders=load.holders,
         )
 
     # The engine.

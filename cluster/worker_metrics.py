@@ -41,6 +41,7 @@ class WorkerMetrics:
 
     def __init__(self, section: HandoffSection) -> None:
         self._leaks = LeakWatch(section.stall_timeout_s + _SETTLE_S)
+        self._num_pinned, self._shown_s = 0, 0.0
         self._aborted = Counter({role.value: 0 for role in Role})
         self._generated = metrics.ENGINE_TOKENS.labels("generated")
         self._prompt = metrics.ENGINE_TOKENS.labels("prompt")
@@ -75,6 +76,8 @@ class WorkerMetrics:
         metrics.TOTAL_BLOCKS.set(num_usable)
         metrics.FREE_BLOCKS.set(load.num_free_blocks)
         metrics.PINNED_BLOCKS.set(load.num_held_blocks)
+        metrics.PINNED_BLOCK_SECONDS.inc(self._num_pinned * max(0.0, now - self._shown_s))
+        self._num_pinned, self._shown_s = load.num_held_blocks, now
         metrics.LEAKED_BLOCKS.set(self._leaks.observe(num_taken, not any(in_use), now))
         metrics.HELD_HANDOFFS.set(load.num_held_handoffs)
         metrics.OPEN_REQUESTS.set(num_requests)

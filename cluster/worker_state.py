@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from cluster.names import Role, WorkerId
+from cluster.pairing import NO_LAYOUT, CacheLayout
 
 
 class WorkerState(enum.StrEnum):
@@ -42,7 +43,8 @@ class ObservedWorker:
     `since` is when it entered its state (Unix seconds); `is_spare` marks one that was started
     to become a standby. `reported_role` and the counts are its own latest answer. `work` is the
     number of tokens it has computed, a stand-in for how warm its prefix cache is; `value` the
-    priority of its network domain, higher to be freed sooner.
+    priority of its network domain, higher to be freed sooner; `layout` its KV cache's, which it
+    says when it is up.
     """
 
     worker_id: WorkerId
@@ -55,6 +57,7 @@ class ObservedWorker:
     num_held_blocks: int = 0
     work: int = 0
     value: int = 0
+    layout: CacheLayout = NO_LAYOUT
 
     @property
     def is_idle(self) -> bool:

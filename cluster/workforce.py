@@ -18,7 +18,7 @@ from cluster.cores import choose_cores
 from cluster.errors import Fenced, HandoffFailed, summarise
 from cluster.link_renewal import LinkRenewal
 from cluster.load import WorkerLoad
-from cluster.members import History, Launcher, Member
+from cluster.members import History, Launcher, Member, unpaired
 from cluster.messages import ChangeRole
 from cluster.metrics import WORKER_FAILURES
 from cluster.names import Role, RouterId, WorkerId
@@ -223,6 +223,8 @@ class Workforce:
     def _connect(self, member: Member, entry: WorkerEntry) -> None:
         assert member.seat is not None
         member.entry = replace(entry, node=member.seat.node)
+        if (why := unpaired(member, self._members.values())) is not None:
+            self._note(why)
         member.link = WorkerLink(
             self._sockets,
             RouterId(f"{self._config.cluster.name}-controller-{self._epoch}"),

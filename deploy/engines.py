@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from cluster.config import ModelSection
 from cluster.engine import Engine
+from cluster.errors import ConfigError
 from cluster.names import Role
 from cluster.ring_file import key_source
 from cluster.worker_spec import WorkerSpec
@@ -59,6 +60,8 @@ def simulated_engine(spec: WorkerSpec) -> Engine:
     from kv_transfer.layout import BlockLayout, GroupLayout
 
     config, epoch = spec.config, secrets.randbits(63)
+    if (wire_dtype := config.handoff.wire_dtype) != "as_is":
+        raise ConfigError(f"handoff.wire_dtype {wire_dtype}: simulated blocks hold no numbers")
     model = _simulated_model(config.model)
     group = GroupLayout(model.block_size, (config.simulated.block_bytes,))
     layout = BlockLayout((group,), {"model": model.name, "engine": "simulated"})

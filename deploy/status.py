@@ -36,6 +36,7 @@ def show(status: dict[str, Any], url: str | None) -> str:
         f"desired {desired_sizes(status)}, autoscaler {status['autoscaler']},"
         f" controller epoch {status['epoch']}{', sizes held by hand' if status['pinned'] else ''}",
         *(f"no place: {reason}" for reason in status["unplaced"]),
+        *(f"not paired: {pair}: {reason}" for pair, reason in status["refused_pairs"].items()),
         *_unwritten(status["unwritten_decisions"]),
         "",
         *table([_COLUMNS, *(tuple(_cell(w[c]) for c in _COLUMNS) for w in status["workers"])]),

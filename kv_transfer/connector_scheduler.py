@@ -6,6 +6,7 @@ thread.
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -20,6 +21,7 @@ from vllm.v1.kv_cache_interface import (
 )
 from vllm.v1.request import RequestStatus
 
+from cluster.engine import top_holders
 from cluster.engine_control import (
     CODEC,
     NEWS_SUFFIX,
@@ -30,8 +32,9 @@ from cluster.engine_control import (
     DropHandoffs,
     PullFailure,
 )
-from cluster.messages import Offer, Receipt
+from cluster.messages import Holder, Offer, Receipt
 from cluster.names import HandoffId
+from cluster.pairing import NO_LAYOUT
 from cluster.process_guard import die_with_parent, end_quickly
 from cluster.wire import WireError
 from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddress, WorkerReport
@@ -80,13 +83,13 @@ class SchedulerHalf:
         self._offers: dict[str, Offer] = {}
         self._awaiting: dict[str, Request] = {}
         self._pulling: set[str] = set()
-        self._held: dict[str, tuple[HandoffId, int]] = {}
+        self._held: dict[str, tuple[HandoffId, int, float]] = {}
         self._receipts: dict[str, Receipt] = {}
         self._failures: dict[str, str] = {}
         self._totals: dict[str, int] = {}
         self._drops: deque[HandoffId] = deque()
         self._endpoints: tuple[str, ...] = ()
-        self._fingerprint = ""
+        self._layout = NO_LAYOUT
         self._block_pool: BlockPool | None = None
         self._is_closing = False
         self._control = threading.Thread(target=self._serve_control, daemon=True)
@@ -98,7 +101,7 @@ class SchedulerHalf:
         """Take every rank's port address; called once, before the first request."""
         ranked: list[PortAddress] = [addresses[rank] for rank in sorted(addresses)]
         self._endpoints = tuple(address.endpoint for address in ranked)
-        self._fingerprint = ranked[0].fingerprint
+        self._layout = ranked[0].layout
         self._control.start()
 
     def on_new_request(self, request: "Request") -> None:
@@ -266,7 +269,8 @@ class SchedulerHalf:
         frozen = tuple(tuple(group) for group in block_ids)
         first_token = int(request.output_token_ids[0])
         self._orders.holds.append(Hold(handoff_id, request.request_id, frozen, first_token))
-        self._held[request.request_id] = (handoff_id, sum(map(len, frozen)))
+        num_blocks = sum(map(len, frozen))
+        self._held[request.request_id] = (handoff_id, num_blocks, time.monotonic())
         return self._offer(handoff_id, int(request.num_computed_tokens), len(frozen[0]))
 
     def _offer(self, handoff_id: HandoffId, num_tokens: int, num_blocks: int) -> Offer:
@@ -274,11 +278,12 @@ class SchedulerHalf:
             handoff_id,
             self._settings.worker_id,
             self._settings.epoch,
-            self._fingerprint,
+            self._layout.fingerprint,
             self._endpoints,
             num_tokens,
             num_blocks,
             self._settings.handoff.lease_s,
+            self._block_sizes[0],
         )
 
     def close(self) -> None:
@@ -316,16 +321,17 @@ class SchedulerHalf:
 
     def _load(self) -> BlockLoad:
         pool = self._block_pool
-        held = list(self._held.values())
+        held, now = list(self._held.values()), time.monotonic()
         return BlockLoad(
             pool.num_gpu_blocks if pool else 0,
             pool.get_num_free_blocks() if pool else 0,
-            sum(num_blocks for _, num_blocks in held),
+            sum(num_blocks for _, num_blocks, _ in held),
             len(held),
             self._endpoints,
-            self._fingerprint,
+            self._layout,
             self._block_sizes[0],
             self._totals,
+            top_holders(Holder(name, num, now - since) for name, num, since in held),
         )
 
 

@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 from cluster.config import HandoffSection
 from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId, WorkerId
+from cluster.pairing import CacheLayout
 from kv_transfer.consumer import Pull
 from kv_transfer.producer import Hold
 from kv_transfer.progress import Growth
@@ -40,7 +41,7 @@ class PortAddress(KVConnectorHandshakeMetadata):
     """Worker half to scheduler half, once: where this rank's port listens."""
 
     endpoint: str
-    fingerprint: str
+    layout: CacheLayout
 
 
 @dataclass

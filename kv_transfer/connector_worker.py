@@ -10,14 +10,16 @@ from cluster.process_guard import die_with_parent, end_quickly
 from cluster.ring_file import key_source
 from cluster.vllm_cpu import claim_amx_tiles, make_seeded_prompts_chunkable
 from kv_transfer.array_blocks import ArrayBlockStore, Bytes
+from kv_transfer.blocks import BlockStore
 from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddress, WorkerReport
-from kv_transfer.layout import BlockLayout, GroupLayout
+from kv_transfer.layout import BlockLayout, GroupLayout, TokenShape
+from kv_transfer.packed_blocks import PackedBlockStore
 from kv_transfer.port import HandoffPort
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
-    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
 
 
 # What a step that computes nothing waits for the port to have news, instead of asking it every
@@ -70,21 +72,27 @@ class WorkerHalf:
         self._is_idle = False
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        """Open the port over the engine's KV tensors; raise `UnsupportedCache`."""
+        """Open the port over the engine's KV tensors; raise `ValueError` if they cannot go."""
         num_blocks = self._kv_cache_config.num_blocks
         regions: list[list[Bytes]] = []
         groups: list[GroupLayout] = []
+        dtypes: list[list[torch.dtype]] = []
         for group in self._kv_cache_config.kv_cache_groups:
-            rows = [
-                row
+            found = [
+                (row, kv_caches[name].dtype)
                 for name in group.layer_names
                 for row in block_rows(name, kv_caches[name], num_blocks)
             ]
+            rows = [row for row, _ in found]
             regions.append(rows)
+            dtypes.append([dtype for _, dtype in found])
             sizes = tuple(row.shape[1] for row in rows)
-            groups.append(GroupLayout(group.kv_cache_spec.block_size, sizes))
-        store = ArrayBlockStore(BlockLayout(tuple(groups), self._identity()), regions)
+            shapes = self._shapes(group, kv_caches)
+            groups.append(GroupLayout(group.kv_cache_spec.block_size, sizes, shapes))
         settings = self._settings
+        store: BlockStore = ArrayBlockStore(BlockLayout(tuple(groups), self._identity()), regions)
+        if settings.handoff.wire_dtype != "as_is":
+            store = PackedBlockStore(store, dtypes, settings.handoff.wire_dtype)
         self._port = HandoffPort(
             store,
             settings.handoff,
@@ -93,7 +101,21 @@ class WorkerHalf:
             self._vllm_config.scheduler_config.max_num_batched_tokens,
             keys=key_source(settings.keys),
         )
-        self._fingerprint = store.layout.fingerprint
+        self._layout = store.layout.outline()
+
+    def _shapes(
+        self, group: "KVCacheGroupSpec", kv_caches: dict[str, torch.Tensor]
+    ) -> tuple[TokenShape, ...]:
+        """Return where the group's blocks have their tokens, by layer, where that is known."""
+        if self._vllm_config.device_config.device_type != "cpu":
+            return ()
+        # It imports what only vLLM's CPU build has.
+        from kv_transfer.cpu_cells import token_shape
+
+        spec, dtype = group.kv_cache_spec, self._vllm_config.model_config.dtype
+        found = [token_shape(kv_caches[name], spec, dtype) for name in group.layer_names]
+        known = tuple(shape for shape in found if shape is not None)
+        return known if len(known) == len(found) else ()
 
     def _identity(self) -> dict[str, str | int]:
         model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
@@ -103,12 +125,13 @@ class WorkerHalf:
             "revision": str(model.revision),
             "dtype": str(model.dtype),
             "cache_dtype": str(cache.cache_dtype),
+            "wire_dtype": self._settings.handoff.wire_dtype,
             "tensor_parallel": parallel.tensor_parallel_size,
             "pipeline_parallel": parallel.pipeline_parallel_size,
         }
 
     def address(self) -> PortAddress | None:
-        return PortAddress(self._port.endpoint, self._fingerprint) if self._port else None
+        return PortAddress(self._port.endpoint, self._layout) if self._port else None
 
     def carry_out(self, orders: "KVConnectorMetadata") -> None:
         """Hand this step's orders to the port's thread."""

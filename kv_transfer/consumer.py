@@ -5,8 +5,9 @@ Single-threaded: `port.HandoffPort` calls it from its one thread with the time o
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import xxhash
 
@@ -17,7 +18,7 @@ from cluster.sockets import plain_address
 from cluster.stages import StageClock
 from kv_transfer.blocks import BlockStore
 from kv_transfer.handoff import ConsumerHandoff, ConsumerState
-from kv_transfer.layout import Read, plan_reads
+from kv_transfer.layout import GroupLayout, Read, plan_reads
 from kv_transfer.protocol import (
     Blocks,
     ConsumerMessage,
@@ -29,6 +30,9 @@ from kv_transfer.protocol import (
     Via,
 )
 from kv_transfer.transport import Payload
+
+if TYPE_CHECKING:
+    from kv_transfer.recut import Recut
 
 Damage = Callable[[Read, memoryview], memoryview]
 
@@ -62,6 +66,8 @@ class _Active:
     started: float
     progressed: float
     heard: float
+    # Set if the producer's blocks are larger or smaller than ours; reads are of its blocks.
+    recut: "Recut | None" = None
     # Since when the whole prompt has been there to be read, by our clock.
     complete: float | None = None
     first_token: int | None = None
@@ -114,6 +120,7 @@ class Consumer:
         self._is_checksummed = is_checksummed
         self._damage_received = damage
         self._step_tokens = step_tokens
+        self._fresh = bytearray()
         self._active: dict[HandoffId, _Active] = {}
         self._by_key: dict[str, HandoffId] = {}
         self._announced: dict[HandoffId, _Announced] = {}
@@ -141,22 +148,42 @@ class Consumer:
         if offer.handoff_id in self._active:
             self._report(pull, "this hand-off is being pulled already", Receipt(0, 0, 0, 0.0))
             return
-        reads = plan_reads(
+        mismatch = self._mismatch(offer)
+        recut = self._recut(pull) if mismatch is None else None
+        reads = self._plan(pull, recut) if mismatch is None else []
+        handoff = ConsumerHandoff(tuple(reads), self._window)
+        active = _Active(pull, handoff, now, now, now, recut)
+        self._active[offer.handoff_id] = active
+        self._by_key[pull.key] = offer.handoff_id
+        if mismatch is not None:
+            yield from self._fail(active, mismatch)
+            return
+        handoff, asks = active.handoff.start()
+        yield from self._proceed(replace(active, handoff=handoff), asks)
+
+    def _recut(self, pull: Pull) -> "Recut | None":
+        """Return how to cut a producer's blocks into ours, None if they are the same."""
+        ours = self._store.layout.groups[0]
+        size = pull.offer.block_size
+        if size is None or size == ours.block_size:
+            return None
+        # The simulated engine has no such blocks, and no numpy.
+        from kv_transfer.recut import Recut
+
+        theirs = GroupLayout.of_tokens(size, ours.shapes)
+        return Recut(theirs, ours, pull.first_blocks[0], len(pull.block_ids[0]))
+
+    def _plan(self, pull: Pull, recut: "Recut | None") -> Sequence[Read]:
+        if recut is not None:
+            num_tokens = pull.offer.num_tokens
+            return recut.reads(num_tokens, self._chunk_bytes, self._step_tokens)
+        return plan_reads(
             self._store.layout,
             pull.block_ids,
             pull.first_blocks,
             self._chunk_bytes,
             self._step_tokens,
         )
-        active = _Active(pull, ConsumerHandoff(tuple(reads), self._window), now, now, now)
-        self._active[offer.handoff_id] = active
-        self._by_key[pull.key] = offer.handoff_id
-        mismatch = self._mismatch(offer)
-        if mismatch:
-            yield from self._fail(active, mismatch)
-            return
-        handoff, asks = active.handoff.start()
-        yield from self._proceed(replace(active, handoff=handoff), asks)
 
     def cancel(self, key: str) -> Iterable[Order]:
         """Stop a pull; its result still comes, so that its blocks can be freed."""
@@ -205,15 +232,14 @@ class Consumer:
         if self._damage_received is not None and content is not None:
             content = self._damage_received(read, content)
         began_s = time.perf_counter()
-        damage = self._damage(read, message, content)
+        damage = self._damage(active, read, message, content)
         verified_s = time.perf_counter()
         self._verifying.add(verified_s - began_s)
         if payload is None or content is None or damage:
             self.counts["chunks_damaged"] += 1
             yield from self._fail(active, damage or "no payload")
             return
-        positions = slice(read.first_block, read.first_block + read.num_blocks)
-        self._store.scatter(read.group, active.pull.block_ids[read.group][positions], content)
+        self._scatter(active, read, content)
         self._scattering.add(time.perf_counter() - verified_s)
         if not payload.is_intact():
             self.counts["chunks_overtaken"] += 1
@@ -238,8 +264,26 @@ class Consumer:
         )
         yield from self._proceed(arrived, asks)
 
-    def _damage(self, read: Read, message: Blocks, payload: memoryview | None) -> str | None:
-        wanted = self._store.layout.groups[read.group].block_bytes * read.num_blocks
+    def _scatter(self, active: _Active, read: Read, content: memoryview) -> None:
+        positions = slice(read.first_block, read.first_block + read.num_blocks)
+        if active.recut is not None:
+            positions, content = active.recut.place(read), self._cut(active.recut, read, content)
+        self._store.scatter(read.group, active.pull.block_ids[read.group][positions], content)
+
+    def _cut(self, recut: "Recut", read: Read, content: memoryview) -> memoryview:
+        """Return a chunk as blocks of ours, until the next one is cut."""
+        num_bytes = recut.num_bytes(read)
+        if len(self._fresh) < num_bytes:
+            self._fresh = bytearray(num_bytes)
+        fresh = memoryview(self._fresh)[:num_bytes]
+        recut.cut(read, content, fresh)
+        return fresh
+
+    def _damage(
+        self, active: _Active, read: Read, message: Blocks, payload: memoryview | None
+    ) -> str | None:
+        theirs = active.recut.theirs if active.recut else self._store.layout.groups[read.group]
+        wanted = theirs.block_bytes * read.num_blocks
         if payload is None or payload.nbytes != wanted or message.payload_bytes != wanted:
             return f"payload of {payload.nbytes if payload else 0} bytes, wanted {wanted}"
         if not self._is_checksummed:
@@ -254,6 +298,8 @@ class Consumer:
         mine = self._store.layout.fingerprint
         if offer.fingerprint != mine:
             return f"layout {offer.fingerprint} of {offer.worker_id} is not this engine's {mine}"
+        if offer.block_size is not None and not self._store.layout.reads(offer.block_size):
+            return f"blocks of {offer.block_size} tokens of {offer.worker_id} cannot be cut"
         if not self._has_endpoint(offer):
             return f"{offer.worker_id} has {len(offer.endpoints)} ranks, this is {self._rank}"
         return None

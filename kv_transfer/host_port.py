@@ -29,7 +29,7 @@ class HostHandoffPort:
         self._store = HostBlockStore(layout, num_blocks)
         self._port = HandoffPort(self._store, section, epoch, keys=keys)
         self.endpoints: tuple[str, ...] = (self._port.endpoint,)
-        self.fingerprint = layout.fingerprint
+        self.layout = layout.outline()
 
     def write(self, block_id: int, content: bytes) -> None:
         self._store.scatter(0, (block_id,), memoryview(content))

@@ -6,16 +6,41 @@ same block index out of every region of its group, in region order.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Self
+
+from cluster.pairing import CacheLayout
+
+
+@dataclass(frozen=True, slots=True)
+class TokenShape:
+    """Where a block has its tokens in one region: `heads` times, one part after the other, each
+    part [outer, tokens of the block, inner bytes]."""
+
+    heads: int
+    parts: tuple[tuple[int, int], ...]
+
+    def block_bytes(self, block_size: int) -> int:
+        return self.heads * block_size * sum(outer * inner for outer, inner in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
 class GroupLayout:
-    """One block table: tokens per block, and the bytes a block has in each region."""
+    """One block table: tokens per block, and the bytes a block has in each region.
+
+    `shapes`, by region, are known where blocks can be cut into tokens; else there are none.
+    """
 
     block_size: int
     region_bytes: tuple[int, ...]
+    shapes: tuple[TokenShape, ...] = ()
+
+    @classmethod
+    def of_tokens(cls, block_size: int, shapes: Sequence[TokenShape]) -> Self:
+        """Return the group whose regions have these shapes."""
+        region_bytes = tuple(shape.block_bytes(block_size) for shape in shapes)
+        return cls(block_size, region_bytes, tuple(shapes))
 
     @property
     def block_bytes(self) -> int:
@@ -31,14 +56,51 @@ class BlockLayout:
     identity: Mapping[str, str | int]
 
     @property
+    def is_recuttable(self) -> bool:
+        """Whether others may have larger or smaller blocks: block tables of one kind, of tokens."""
+        return len(self.groups) == 1 and bool(self.groups[0].shapes)
+
+    @property
     def fingerprint(self) -> str:
         """Return 128 bits that differ whenever blocks of one cannot be read by the other."""
         digest = hashlib.sha256()
         for key in sorted(self.identity):
             digest.update(f"{key}={self.identity[key]}\n".encode())
         for group in self.groups:
-            digest.update(f"{group.block_size}:{group.region_bytes}\n".encode())
+            content = group.shapes if self.is_recuttable else group.region_bytes
+            digest.update(f"{self._size_words(group)}:{content}\n".encode())
         return digest.hexdigest()[:32]
+
+    def reads(self, block_size: int) -> bool:
+        """Whether blocks of that many tokens can be had from another engine."""
+        ours = self.groups[0].block_size
+        if block_size == ours or not self.is_recuttable:
+            return block_size == ours
+        return block_size > 0 and max(ours, block_size) % min(ours, block_size) == 0
+
+    def _size_words(self, group: GroupLayout) -> str:
+        """Return which block sizes a group's blocks can be read in: one of any two divides the
+        other."""
+        if not self.is_recuttable:
+            return str(group.block_size)
+        odd = group.block_size // (group.block_size & -group.block_size)
+        return f"{odd} * 2^n"
+
+    def outline(self) -> CacheLayout:
+        """Return the fingerprint with what it is of, so that a difference can be named."""
+
+        def words(values: Iterable[object]) -> str:
+            return "+".join(map(str, values))
+
+        facts = {
+            "block_size": words(map(self._size_words, self.groups)),
+            "regions": words(len(group.region_bytes) for group in self.groups),
+        }
+        if self.is_recuttable:
+            facts["token_bytes"] = words(g.block_bytes // g.block_size for g in self.groups)
+        else:
+            facts["block_bytes"] = words(group.block_bytes for group in self.groups)
+        return CacheLayout(self.fingerprint, {**self.identity, **facts})
 
 
 @dataclass(frozen=True, slots=True)

@@ -165,6 +165,7 @@ class Admission:
             size,
             worker.num_blocks,
             room,
+            entry.layout.fingerprint,
         )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from cluster.errors import WorkerLost
 from cluster.link_renewal import LinkRenewal
+from cluster.messages import Holder
 from cluster.names import Role, RouterId, WorkerId
 from cluster.request_plane import WorkerLink
 from cluster.snapshot import ReadyWorker, WorkerEntry
@@ -48,7 +49,16 @@ class _Member:
             "blocks": snapshot and snapshot.num_blocks,
             "free_blocks": snapshot and snapshot.num_free_blocks,
             "held_blocks": snapshot and snapshot.num_held_blocks,
+            "holders": [_describe(each) for each in snapshot.holders] if snapshot else [],
         }
+
+
+def _describe(holder: Holder) -> dict[str, object]:
+    return {
+        "handoff_id": holder.handoff_id,
+        "blocks": holder.num_blocks,
+        "held_s": round(holder.held_s, 3),
+    }
 
 
 class Membership:

@@ -5,7 +5,7 @@ prompt is better computed by the decode worker itself. One pass over the workers
 """
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Set
 from dataclasses import dataclass
 from random import Random
 
@@ -22,7 +22,8 @@ class WorkerView:
     `num_reserved` counts this router's prompts being computed (prefill) or streams (decode),
     `reserved_tokens` the prompt tokens of the former. `num_waiting` is the worker's own report,
     up to a heartbeat old; it is how the load of other routers shows. `num_free_blocks` of
-    `num_blocks`, of `block_size` tokens, are neither in use nor promised.
+    `num_blocks`, of `block_size` tokens, are neither in use nor promised. Workers hand over only
+    to those of the same `layout`, a fingerprint.
     """
 
     worker_id: WorkerId
@@ -33,6 +34,7 @@ class WorkerView:
     block_size: int
     num_blocks: int
     num_free_blocks: int
+    layout: str = ""
 
     def has_memory(self, num_prompt_tokens: int) -> bool:
         """Whether prompt and first token fit; what never can is the engine's to refuse."""
@@ -140,7 +142,8 @@ def choose_placement(
     roomy = [view for view in roomy if view.has_memory(request.num_prompt_tokens)]
     if not roomy:
         return _wait(snapshot, request, config, "the decode pool has no free KV blocks for it")
-    decode = min(roomy, key=lambda view: _decode_rank(view, request, rng))
+    layouts = {v.layout for v in snapshot.prefill if v.worker_id not in request.excluded}
+    decode = min(roomy, key=lambda view: _decode_rank(view, request, layouts, rng))
     local = _local(decode, snapshot, request, config)
     return local or _with_prefill(decode, snapshot, request, config, rng)
 
@@ -173,6 +176,8 @@ def _local(
         return placed("local prefill: no prefill worker is ready", True)
     if all(view.worker_id in request.excluded for view in snapshot.prefill):
         return placed("local prefill: every prefill worker has refused or failed it", True)
+    if not any(_fits(view, decode, request) for view in snapshot.prefill):
+        return placed("local prefill: no prefill worker's KV cache fits", True)
     return None
 
 
@@ -183,7 +188,9 @@ def _with_prefill(
     config: RouterSection,
     rng: Random | None,
 ) -> Decision:
-    roomy = _with_room(snapshot.prefill, request, config.prefills_per_worker)
+    limit = config.prefills_per_worker
+    fitting = [view for view in snapshot.prefill if _fits(view, decode, request)]
+    roomy = [view for view in fitting if view.num_reserved < limit]
     if not roomy:
         return _wait(snapshot, request, config, "the prefill pool is full")
     prefill = min(roomy, key=lambda view: _prefill_rank(view, decode, request, rng))
@@ -195,21 +202,17 @@ def _with_prefill(
     return Placed(decode.worker_id, prefill.worker_id, request.num_prompt_tokens, True, reason)
 
 
-def _with_room(
-    views: Sequence[WorkerView], request: PlacementRequest, limit: int
-) -> list[WorkerView]:
-    return [
-        view
-        for view in views
-        if view.num_reserved < limit and view.worker_id not in request.excluded
-    ]
+def _fits(prefill: WorkerView, decode: WorkerView, request: PlacementRequest) -> bool:
+    return prefill.layout == decode.layout and prefill.worker_id not in request.excluded
 
 
 def _decode_rank(
-    view: WorkerView, request: PlacementRequest, rng: Random | None
-) -> tuple[bool, int, float]:
+    view: WorkerView, request: PlacementRequest, layouts: Set[str], rng: Random | None
+) -> tuple[bool, bool, int, float]:
+    """Who has somebody to pull from comes first; `layouts` are those of prefill workers."""
     tie = rng.random() if rng else 0.0
-    return view.worker_id in request.avoided, view.num_reserved + view.num_waiting, tie
+    load = view.num_reserved + view.num_waiting
+    return view.layout not in layouts, view.worker_id in request.avoided, load, tie
 
 
 def _prefill_rank(

@@ -5,6 +5,7 @@ from typing import Any
 from cluster import engine_control, messages
 from cluster.messages import Offer
 from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, WorkerId
+from cluster.pairing import CacheLayout
 from cluster.wire import Codec
 from kv_transfer import protocol
 from kv_transfer.protocol import Blocks, Place, ReadBlocks, Refusal, Refused, Release, Renew, Via
@@ -21,7 +22,22 @@ TO_WORKER = [
     messages.ChangeRole(Role.DECODE, 1),
 ]
 SNAPSHOT = messages.WorkerSnapshot(
-    WorkerId("w"), Role.DECODE, 1, 0, 0, 16, 9, 9, 0, 0, 0, 0, 0, 0.5, {"bytes_sent": 3}
+    worker_id=WorkerId("w"),
+    role=Role.DECODE,
+    epoch=1,
+    num_running=0,
+    num_waiting=0,
+    block_size=16,
+    num_blocks=9,
+    num_free_blocks=9,
+    num_held_blocks=0,
+    num_held_handoffs=0,
+    num_requests=0,
+    generated_tokens=0,
+    computed_prompt_tokens=0,
+    busy_s=0.5,
+    counts={"bytes_sent": 3},
+    holders=(messages.Holder(HandoffId("h"), 4, 0.5),),
 )
 TO_ROUTER = [
     messages.Rejected(RequestId("d"), "full"),
@@ -46,7 +62,7 @@ TO_ENGINE = [
     engine_control.DropHandoffs(("a", "b")),
     engine_control.AskFailure("r"),
     engine_control.PullFailure("why"),
-    engine_control.BlockLoad(9, 9, 0, 0, ("tcp://k",), "f", 16, {"a": 1}),
+    engine_control.BlockLoad(9, 9, 0, 0, ("tcp://k",), CacheLayout("f", {"b": 1}), 16, {"a": 1}),
 ]
 # Every protocol's codec with a message of each of its kinds.
 PROTOCOLS: dict[str, tuple[Codec, list[Any]]] = {

@@ -172,6 +172,12 @@ _BLOCKS = Row(
             is_stacked=True,
         ),
         Panel(
+            "Pinned on average by worker",
+            "Block-seconds per second: short holds between two scrapes are in it.",
+            (Query(rate("tandem_pinned_block_seconds_total", _WORKER), "{{worker_id}}"),),
+            is_stacked=True,
+        ),
+        Panel(
             "Held hand-offs by worker",
             "Prompts computed and waiting to be pulled.",
             (Query(gauge("tandem_held_handoffs", _WORKER), "{{worker_id}}"),),
@@ -208,6 +214,12 @@ _REFUSALS = Row(
             "Requests of routers that a worker did not take.",
             (Query(rate("tandem_submissions_refused_total", "cause"), "{{cause}}"),),
             unit="ops",
+        ),
+        Panel(
+            "Pairs that do not fit",
+            "Prefill and decode workers whose KV caches differ in layout: they never hand over.",
+            (Query(total("tandem_refused_pairs"), "pairs"),),
+            decimals=0,
         ),
         Panel(
             "Malformed frames, by plane",

@@ -77,8 +77,10 @@ async def test_facts_after_start(engines: Engines) -> None:
     producer, consumer = engines.producer.facts, engines.consumer.facts
     assert producer.block_size > 0 and producer.vocab_size > 0
     assert producer.max_model_len == 1024
-    assert len(producer.fingerprint) == 32
-    assert producer.fingerprint == consumer.fingerprint, "one configuration, one layout"
+    assert len(producer.layout.fingerprint) == 32
+    assert producer.layout == consumer.layout, "one configuration, one layout"
+    assert producer.layout.facts == consumer.layout.facts
+    assert producer.layout.facts["block_size"] in (str(producer.block_size), "1 * 2^n")
     assert producer.epoch != consumer.epoch, "two lives"
 
 
@@ -102,12 +104,15 @@ async def test_produce_offers_and_holds(engines: Engines) -> None:
     assert [output.offer for output in outputs] == [offer, offer]
     assert len(tokens_of(outputs)) == 1
     assert (offer.handoff_id, offer.worker_id) == (request.produce, "prefill-0")
-    assert (offer.epoch, offer.fingerprint) == (facts.epoch, facts.fingerprint)
+    assert (offer.epoch, offer.fingerprint) == (facts.epoch, facts.layout.fingerprint)
     assert offer.num_tokens == 300
     assert offer.num_blocks == -(-300 // facts.block_size)
     assert (len(offer.endpoints), offer.lease_s) == (1, LEASE_S)
     load = await engines.producer.engine.load()
     assert (load.num_held_blocks, load.num_held_handoffs) == (offer.num_blocks, 1)
+    (holder,) = load.holders
+    assert (holder.handoff_id, holder.num_blocks) == (offer.handoff_id, offer.num_blocks)
+    assert 0 <= holder.held_s < LEASE_S
     assert load.num_free_blocks == engines.start[0].num_free_blocks - offer.num_blocks
     await engines.producer.engine.release([offer.handoff_id])
 

@@ -71,15 +71,21 @@ def test_greedy_tokens_are_identical_with_cached_prefixes_on_both_sides(
     assert reused == [0, 4 * BLOCK_SIZE, 10 * BLOCK_SIZE, 10 * BLOCK_SIZE]
 
 
-def test_greedy_tokens_are_identical_over_tcp(expected: list[list[int]]) -> None:
-    """The others here go through shared memory, as two engines of one host do."""
-    with disaggregation("test-e2e-tcp", handoff__transports="tcp") as over_tcp:
+def test_greedy_tokens_are_identical_over_tcp_and_out_of_smaller_blocks(
+    expected: list[list[int]],
+) -> None:
+    """The others here go through shared memory, as two engines of one host do, in blocks of one
+    size on both sides."""
+    small = {"block_size": BLOCK_SIZE // 4}
+    flags = {"handoff__transports": "tcp", "prefill__engine_args": small}
+    with disaggregation("test-e2e-tcp", **flags) as over_tcp:
         for number in range(0, NUM_PROMPTS, 6):
             prompt = PROMPTS[number]
             answer = over_tcp.complete(prompt, return_token_ids=True, **GREEDY)
             assert answer["choices"][0]["token_ids"] == expected[number], len(prompt)
             (sequence,) = over_tcp.record(answer["headers"]["x-request-id"])["sequences"]
             assert sequence["transport"] in ("tcp", None), sequence
+            assert sequence["prompt_tokens"]["recomputed"] <= 1, sequence
 
 
 def test_greedy_tokens_are_identical_where_decode_samples_the_first(

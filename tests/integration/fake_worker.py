@@ -9,6 +9,7 @@ from cluster.messages import (
     Decode,
     Failed,
     Heartbeat,
+    Holder,
     Offer,
     Offered,
     Prefill,
@@ -22,6 +23,7 @@ from cluster.messages import (
     WorkerSnapshot,
 )
 from cluster.names import FinishReason, RequestId, Role, WorkerId
+from cluster.pairing import CacheLayout
 from cluster.request_plane import WorkerSocket
 from cluster.snapshot import WorkerEntry
 from cluster.sockets import Sockets
@@ -57,6 +59,8 @@ class FakeWorker:
     num_free_blocks: int = NUM_BLOCKS
     produced_bytes: int = KV_BYTES
     begins: bool = False
+    layout: str = ""
+    holders: tuple[Holder, ...] = ()
     plans: deque[Plan] = field(default_factory=deque)
     requests: list[Prefill | Decode] = field(default_factory=list)
     cancelled: list[RequestId] = field(default_factory=list)
@@ -73,7 +77,8 @@ class FakeWorker:
 
     @property
     def entry(self) -> WorkerEntry:
-        return WorkerEntry(self.worker_id, self.role, self.socket.endpoint, self.epoch, "node")
+        layout, endpoint = CacheLayout(self.layout), self.socket.endpoint
+        return WorkerEntry(self.worker_id, self.role, endpoint, self.epoch, "node", layout=layout)
 
     @property
     def ids(self) -> list[str]:
@@ -192,6 +197,7 @@ class FakeWorker:
             computed_prompt_tokens=0,
             busy_s=0.0,
             counts={},
+            holders=self.holders,
         )
 
 

@@ -90,6 +90,7 @@ export function showDeployment(state) {
   const amiss = [
     ...state.unplaced.map((reason) => `No place: ${reason}`),
     ...Object.values(state.failed_starts).map((reason) => `Failed to start: ${reason}`),
+    ...Object.entries(state.refused_pairs).map(([pair, reason]) => `Not paired ${pair}: ${reason}`),
     ...Object.entries(state.failed_proofs).map(([pair, reason]) => `Hand-off ${pair}: ${reason}`),
   ];
   const list = byId("attention");

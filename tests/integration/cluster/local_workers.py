@@ -29,6 +29,18 @@ def deaf_engine(spec: WorkerSpec) -> Engine:
     return engine  # type: ignore[no-any-return]
 
 
+def uneven_engine(spec: WorkerSpec) -> Engine:
+    """An engine with larger blocks in every worker but the first of its pool."""
+    is_first = spec.worker_id.endswith("-1")
+    model = spec.config.model.model_copy(update={"block_size": 16 if is_first else 32})
+    return simulated_engine(replace(spec, config=spec.config.model_copy(update={"model": model})))
+
+
+def odd_decode_engine(spec: WorkerSpec) -> Engine:
+    """An engine with larger blocks in every decode worker but the first."""
+    return simulated_engine(spec) if spec.role is Role.PREFILL else uneven_engine(spec)
+
+
 @dataclass(eq=False)
 class LocalWorker:
     """A worker's "process": it can fail to start, die, or fall silent."""

@@ -17,7 +17,8 @@ from deploy.engines import AUTOSCALER, ENGINES, ROLES
 from tests.integration.cluster.local_workers import CORES, Host, MemoryStore
 from tests.waiting import until
 
-DEAF = "tests.integration.cluster.local_workers:deaf_engine"
+LOCAL = "tests.integration.cluster.local_workers"
+DEAF = f"{LOCAL}:deaf_engine"
 
 
 def config(**changes: Any) -> TandemConfig:
@@ -69,6 +70,44 @@ async def test_a_handoff_that_moves_nothing_keeps_both_off_the_list() -> None:
         assert not is_healthy
         assert "prefill-1 -> decode-1: 0 of 39 prompt tokens arrived" in reason
         assert controller.workers() == []
+
+
+async def test_workers_of_two_layouts_serve_side_by_side() -> None:
+    settings = config(prefill={"workers": 2}, decode={"workers": 2})
+    async with running(settings, Host(), f"{LOCAL}:uneven_engine") as controller:
+        await until(lambda: len(controller.workers()) == 4)
+        layouts = {
+            entry.worker_id: entry.layout.facts["block_size"] for entry in controller.workers()
+        }
+        assert layouts == {
+            "prefill-1": "16",
+            "decode-1": "16",
+            "prefill-2": "32",
+            "decode-2": "32",
+        }
+        status = controller.status()
+        assert status["refused_pairs"] == {
+            "prefill-1->decode-2": "block_size is 16 on prefill-1, 32 on decode-2",
+            "prefill-2->decode-1": "block_size is 32 on prefill-2, 16 on decode-1",
+        }
+        assert status["failed_proofs"] == {}, "nobody tried such a pair"
+
+
+async def test_a_worker_that_fits_nobody_never_serves_and_the_others_do() -> None:
+    settings, host = config(decode={"workers": 2}), Host()
+    async with running(settings, host, f"{LOCAL}:odd_decode_engine") as controller:
+        await until(lambda: "decode" in controller.status()["failed_starts"])
+        # What follows is about those that serve: no third one comes up while the test ends.
+        host.errors += [RuntimeError("enough")] * 9
+        reason = controller.status()["failed_starts"]["decode"]
+        assert reason == "it fits no peer: block_size is 32 on decode-2, 16 on prefill-1"
+        await until(lambda: listed(controller) == {"prefill-1", "decode-1"})
+        assert controller.health() == (True, "serving")
+        status = controller.status()
+        assert not status["failing"] and status["failed_proofs"] == {}
+        events = [event for _, event in status["events"]]
+        assert any("is not paired: block_size is" in event for event in events)
+        assert f"decode-2 is stopped: {reason}" in events
 
 
 async def test_without_warm_up_such_workers_are_listed() -> None:

@@ -112,6 +112,19 @@ async def test_without_a_prefill_pool_the_prompt_is_recomputed() -> None:
         assert record.prompt_tokens == PromptTokens(recomputed=100)
 
 
+async def test_requests_are_placed_on_pairs_that_fit_alone() -> None:
+    async with Pools(prefill=2, decode=2) as pools:
+        for name in ("p1", "d1"):
+            pools[name].layout = "other"
+        await pools.refresh()
+        records = await asyncio.gather(*(pools.answered() for _ in range(8)))
+        placed = {pair for record in records for pair in placements(record)}
+        assert placed == {("p0", "d0"), ("p1", "d1")}
+        pools["p1"].layout = "a third"
+        await pools.refresh()
+        assert placements(await pools.answered()) == [("p0", "d0")]
+
+
 async def test_without_a_decode_pool_nothing_is_served() -> None:
     async with Pools(decode=0) as pools:
         request = pools.request()

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 
 from cluster.errors import WorkerLost
-from cluster.names import Role, WorkerId
+from cluster.messages import Holder
+from cluster.names import HandoffId, Role, WorkerId
 from tests.integration.fake_worker import Plan
 from tests.integration.router.pools import QUICK_S, Pools
 from tests.waiting import until
@@ -26,6 +27,13 @@ async def test_listed_workers_are_ready_once_they_answer() -> None:
         assert states(pools)["d1"] == "connecting"
         frozen.thaw()
         await until(lambda: states(pools)["d1"] == "ready")
+
+
+async def test_what_pins_the_most_blocks_is_reported() -> None:
+    async with Pools() as pools:
+        pools["p0"].holders = (Holder(HandoffId("r7.1"), 12, 3.25),)
+        shown = {"handoff_id": "r7.1", "blocks": 12, "held_s": 3.25}
+        await until(lambda: pools.status["workers"][0]["holders"] == [shown])
 
 
 async def test_the_same_list_again_changes_nothing() -> None:

@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from cluster.config import parse_config
 from cluster.controller_metrics import ControllerMetrics
 from cluster.metrics import REGISTRIES
 from cluster.names import Component, Role, WorkerId
+from cluster.pairing import CacheLayout
 from cluster.snapshot import WorkerEntry
 from cluster.targets import Address, target_list
 from cluster.worker_state import Observed, ObservedWorker, WorkerState
@@ -53,6 +55,15 @@ def shown(observed: Observed, scaler: FakeScaler, **section: Any) -> ControllerM
     metrics = ControllerMetrics(parse_config({"autoscaler": {"ratio": "1:2", **section}}))
     metrics.show(observed, WANTED, scaler, 100.0)
     return metrics
+
+
+def test_pairs_that_do_not_fit_are_counted() -> None:
+    observed = ready(2, 4)
+    shown(observed, FakeScaler())
+    assert sample("refused_pairs") == 0
+    first, *others = observed.workers
+    shown(Observed((replace(first, layout=CacheLayout("other")), *others)), FakeScaler())
+    assert sample("refused_pairs") == 4
 
 
 def test_pools_are_counted_by_state() -> None:

@@ -1,11 +1,14 @@
 """The controller's decisions: sizes, warm-up hand-offs, blame, and when to try again."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.names import Role, WorkerId
-from cluster.reconcile import MAX_PROOFS, decide, health, is_failing
+from cluster.pairing import CacheLayout
+from cluster.reconcile import MAX_PROOFS, decide, health, is_failing, refused_pairs
 from cluster.worker_state import (
     PROVISIONED,
     Action,
@@ -35,6 +38,12 @@ def worker(name: str, state: WorkerState) -> ObservedWorker:
 
 def pool(**states: WorkerState) -> tuple[ObservedWorker, ...]:
     return tuple(worker(name, state) for name, state in states.items())
+
+
+def laid_out(workers: tuple[ObservedWorker, ...], **block_sizes: int) -> tuple[ObservedWorker, ...]:
+    """Return `workers`, those that are up by now with a KV cache of such blocks."""
+    layouts = {name: CacheLayout(f"{n}", {"block_size": f"{n}"}) for name, n in block_sizes.items()}
+    return tuple(replace(w, layout=layouts.get(w.worker_id, w.layout)) for w in workers)
 
 
 def pair(prefill: str, decode: str) -> Pair:
@@ -123,6 +132,33 @@ def test_a_newcomer_hands_over_with_a_peer_that_serves() -> None:
 def test_a_worker_without_any_peer_is_not_listed() -> None:
     observed = Observed(pool(p1=WARMING, d1=PENDING))
     assert decide(ONE_EACH, observed, now=0.0) == []
+
+
+def test_a_newcomer_is_proven_with_a_peer_whose_cache_fits() -> None:
+    workers = pool(p1=READY, p2=READY, d1=WARMING)
+    observed = Observed(laid_out(workers, p1=16, p2=32, d1=32))
+    assert kinds(decide(Desired({PREFILL: 2, DECODE: 1}), observed, now=0.0)) == [
+        ("prove", ("p2", "d1"))
+    ]
+    assert refused_pairs(observed) == {pair("p1", "d1"): "block_size is 16 on p1, 32 on d1"}
+
+
+@pytest.mark.parametrize("proof", [True, False])
+def test_a_newcomer_that_fits_nobody_is_stopped_and_the_others_serve(proof: bool) -> None:
+    workers = laid_out(pool(p1=READY, d1=READY, d2=WARMING), p1=16, d1=16, d2=32)
+    desired = Desired({PREFILL: 1, DECODE: 2}, proof=proof)
+    (action,) = decide(desired, Observed(workers), now=0.0)
+    assert action == StopWorker(
+        WorkerId("d2"), "it fits no peer: block_size is 32 on d2, 16 on p1", is_failure=True
+    )
+
+
+def test_a_newcomer_waits_for_peers_that_are_still_to_come() -> None:
+    workers = laid_out(pool(p1=WARMING, d1=READY, d2=PENDING), p1=32, d1=16)
+    desired = Desired({PREFILL: 1, DECODE: 2})
+    assert decide(desired, Observed(workers), now=0.0) == []
+    is_healthy, reason = health(Observed(workers))
+    assert not is_healthy and "block_size is 32 on p1, 16 on d1" in reason
 
 
 def test_warm_up_can_be_switched_off() -> None:

@@ -2,8 +2,14 @@
 
 from collections import Counter
 
+from cluster.config import HandoffSection
+from cluster.engine import EngineLoad, top_holders
 from cluster.leaks import LeakWatch
+from cluster.messages import Holder
+from cluster.metrics import REGISTRIES
+from cluster.names import Component, HandoffId
 from cluster.stages import BUCKETS_S, StageClock, TimeCounts, times_in, without_times
+from cluster.worker_metrics import WorkerMetrics
 
 
 def test_durations_travel_among_the_totals() -> None:
@@ -47,3 +53,20 @@ def test_load_starts_the_wait_anew_and_hides_no_leak() -> None:
     assert watch.observe(90, False, 11.0) == 3
     # No more can have leaked than is taken.
     assert watch.observe(1, False, 12.0) == 1
+
+
+def test_pinned_blocks_are_added_up_over_time() -> None:
+    def total() -> float:
+        name = "tandem_pinned_block_seconds_total"
+        return REGISTRIES[Component.WORKER].get_sample_value(name) or 0.0
+
+    shown, before = WorkerMetrics(HandoffSection()), total()
+    for num_held, now in ((4, 100.0), (4, 100.5), (1, 102.0), (0, 105.0), (0, 200.0)):
+        shown.show(EngineLoad(0, 0, 65, 64 - num_held, num_held, 1, {}), 0, now, {})
+    assert total() - before == 4 * 2.0 + 1 * 3.0
+
+
+def test_the_dearest_holders_are_named_first() -> None:
+    held = [Holder(HandoffId(f"h{n}"), n, 60.0 / (1 + n % 3)) for n in range(1, 12)]
+    named = [holder.handoff_id for holder in top_holders(held)]
+    assert named == ["h9", "h6", "h10", "h11", "h7"]

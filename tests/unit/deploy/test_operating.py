@@ -54,6 +54,7 @@ def status(prefill: int = 1, decode: int = 1, **changes: Any) -> dict[str, Any]:
         "gpu_budget": None,
         "gpus_per_worker": {"prefill": 0, "decode": 0},
         "unplaced": [],
+        "refused_pairs": {},
         "failed_starts": {},
         "workers": [worker("prefill-1", "prefill"), worker("decode-1", "decode")],
     }
@@ -61,11 +62,14 @@ def status(prefill: int = 1, decode: int = 1, **changes: Any) -> dict[str, Any]:
 
 
 def test_status_tells_what_is_wanted_and_why_it_is_not_there() -> None:
-    text = show(status(1, 2, unplaced=["decode: no node has a free GPU"]), "http://h")
+    misfit = {"prefill-1->decode-1": "dtype is float32 on prefill-1, float16 on decode-1"}
+    unplaced = ["decode: no node has a free GPU"]
+    text = show(status(1, 2, unplaced=unplaced, refused_pairs=misfit), "http://h")
     assert text.splitlines() == [
         "t: tiny (simulated) at http://h/v1, healthy",
         "desired 1P2D, autoscaler act, controller epoch 3",
         "no place: decode: no node has a free GPU",
+        "not paired: prefill-1->decode-1: dtype is float32 on prefill-1, float16 on decode-1",
         "",
         "worker_id  role     state  cpus  start_s  num_running  num_free_blocks  endpoint",
         "prefill-1  prefill  ready  0,1   1.2      -            7                tcp://x",

@@ -28,6 +28,14 @@ def test_fingerprint_is_of_the_content() -> None:
     assert len(same.fingerprint) == 32
 
 
+def test_an_outline_says_what_the_fingerprint_is_of() -> None:
+    layout = BlockLayout((GroupLayout(16, (8, 24)), GroupLayout(32, (40,))), IDENTITY)
+    outline = layout.outline()
+    facts = {"block_size": "16+32", "regions": "2+1", "block_bytes": "32+40"}
+    assert outline.fingerprint == layout.fingerprint
+    assert outline.facts == {**IDENTITY, **facts}
+
+
 @pytest.mark.parametrize(
     "other",
     [

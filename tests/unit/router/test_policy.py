@@ -35,9 +35,10 @@ def view(
     waiting: int = 0,
     domain: str = "",
     free: int = NUM_BLOCKS,
+    layout: str = "",
 ) -> WorkerView:
     memory = BLOCK_SIZE, NUM_BLOCKS, free
-    return WorkerView(WorkerId(name), domain, num_reserved, tokens, waiting, *memory)
+    return WorkerView(WorkerId(name), domain, num_reserved, tokens, waiting, *memory, layout)
 
 
 def ids(*names: str) -> frozenset[WorkerId]:
@@ -116,10 +117,30 @@ PLACEMENTS = [
         ("p0", "d1"),
     ),
     (
+        "only a prefill worker whose KV cache fits, however loaded",
+        snapshot(
+            [view("p0", layout="x"), view("p1", 1, 900, layout="y")], [view("d0", layout="y")]
+        ),
+        LONG,
+        ("p1", "d0"),
+    ),
+    (
+        "a decode worker that some prefill worker fits comes first",
+        snapshot([view("p0", layout="y")], [view("d0", layout="x"), view("d1", 2, layout="y")]),
+        LONG,
+        ("p0", "d1"),
+    ),
+    (
         "a prompt that no memory can hold is the engine's to refuse",
         snapshot([view("p0")], [view("d0", free=NUM_BLOCKS - 1)]),
         PlacementRequest(BLOCK_SIZE * NUM_BLOCKS),
         ("p0", "d0"),
+    ),
+    (
+        "none fits",
+        snapshot([view("p0", layout="x")], [view("d0", layout="y")]),
+        LONG,
+        (None, "d0"),
     ),
     (
         "a full prefill pool does not hold up a short prompt",
@@ -214,6 +235,7 @@ VIEWS = st.builds(
     st.integers(0, 1000),
     st.integers(0, 5),
     st.sampled_from(["", "a", "b"]),
+    st.sampled_from(["x", "y"]),
 )
 POOLS = st.lists(VIEWS, max_size=5, unique_by=lambda entry: entry.worker_id)
 REQUESTS = st.builds(
@@ -249,6 +271,8 @@ def test_every_decision_is_sound(
         if decision.prefill_worker is not None:
             assert not request.local_only and not request.is_last_resort
             assert prefills[decision.prefill_worker].num_reserved < CONFIG.prefills_per_worker
+            layouts = {prefills[decision.prefill_worker].layout}
+            assert layouts == {decodes[decision.decode_worker].layout}
             chosen.add(decision.prefill_worker)
         assert not chosen & request.excluded
     elif isinstance(decision, Queued):
