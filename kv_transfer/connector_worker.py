@@ -9,10 +9,12 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from cluster.process_guard import die_with_parent, end_quickly
 from cluster.ring_file import key_source
 from cluster.vllm_cpu import claim_amx_tiles, make_seeded_prompts_chunkable
-from kv_transfer.array_blocks import ArrayBlockStore, Bytes
+from kv_transfer.array_blocks import ArrayBlockStore
 from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddress, WorkerReport
 from kv_transfer.layout import BlockLayout, GroupLayout
 from kv_transfer.port import HandoffPort
+from kv_transfer.protocol import Via
+from kv_transfer.tensor_blocks import TensorBlockStore
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -29,8 +31,8 @@ class UnsupportedCache(ValueError):
     """This model's KV cache cannot be handed over; the engine refuses to start."""
 
 
-def block_rows(name: str, cache: torch.Tensor, num_blocks: int) -> list[Bytes]:
-    """Return byte matrices [num_blocks, bytes] over `cache` in host memory, without copying.
+def block_rows(name: str, cache: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
+    """Return byte matrices [num_blocks, bytes] over `cache`, without copying.
 
     Backends put the block dimension first, or second behind a K/V pair; anything else, or a
     block that is not contiguous, raises `UnsupportedCache`.
@@ -43,7 +45,17 @@ def block_rows(name: str, cache: torch.Tensor, num_blocks: int) -> list[Bytes]:
         raise UnsupportedCache(f"{name}: no block dimension in {tuple(cache.shape)}")
     if not all(part[0].is_contiguous() for part in parts):
         raise UnsupportedCache(f"{name}: a block is not contiguous in {tuple(cache.shape)}")
-    return [part.view(torch.uint8).reshape(num_blocks, -1).numpy() for part in parts]
+    return [part.view(torch.uint8).view(num_blocks, -1) for part in parts]
+
+
+def store_over(
+    layout: BlockLayout, regions: list[list[torch.Tensor]], transports: tuple[str, ...]
+) -> ArrayBlockStore | TensorBlockStore:
+    """Return blocks in `regions`; the host's as arrays, which copy faster, where a way that
+    needs tensors is not named."""
+    if regions[0][0].device.type == "cpu" and Via.GLOO not in transports:
+        return ArrayBlockStore(layout, [[row.numpy() for row in rows] for rows in regions])
+    return TensorBlockStore(layout, regions)
 
 
 class WorkerHalf:
@@ -65,6 +77,7 @@ class WorkerHalf:
         self._kv_cache_config = kv_cache_config
         self._rank = get_tensor_model_parallel_rank()
         self._port: HandoffPort | None = None
+        self._store: ArrayBlockStore | TensorBlockStore | None = None
         self._report: WorkerReport | None = None
         self._last_totals: dict[str, int] = {}
         self._is_idle = False
@@ -72,7 +85,7 @@ class WorkerHalf:
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Open the port over the engine's KV tensors; raise `UnsupportedCache`."""
         num_blocks = self._kv_cache_config.num_blocks
-        regions: list[list[Bytes]] = []
+        regions: list[list[torch.Tensor]] = []
         groups: list[GroupLayout] = []
         for group in self._kv_cache_config.kv_cache_groups:
             rows = [
@@ -83,17 +96,18 @@ class WorkerHalf:
             regions.append(rows)
             sizes = tuple(row.shape[1] for row in rows)
             groups.append(GroupLayout(group.kv_cache_spec.block_size, sizes))
-        store = ArrayBlockStore(BlockLayout(tuple(groups), self._identity()), regions)
         settings = self._settings
+        layout = BlockLayout(tuple(groups), self._identity())
+        self._store = store_over(layout, regions, settings.handoff.transports)
         self._port = HandoffPort(
-            store,
+            self._store,
             settings.handoff,
             settings.epoch,
             self._rank,
             self._vllm_config.scheduler_config.max_num_batched_tokens,
             keys=key_source(settings.keys),
         )
-        self._fingerprint = store.layout.fingerprint
+        self._fingerprint = layout.fingerprint
 
     def _identity(self) -> dict[str, str | int]:
         model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
@@ -114,6 +128,8 @@ class WorkerHalf:
         """Hand this step's orders to the port's thread."""
         assert isinstance(orders, Orders) and self._port is not None
         self._is_idle = orders.is_idle
+        if isinstance(self._store, TensorBlockStore):
+            self._store.follow()
         for handoff_id, key in orders.opened:
             self._port.open(handoff_id, key)
         for handoff_id in orders.revoked:

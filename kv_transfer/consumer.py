@@ -8,14 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-import xxhash
-
 from cluster.engine import EndedPull
 from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId
 from cluster.sockets import plain_address
 from cluster.stages import StageClock
-from kv_transfer.blocks import BlockStore
+from kv_transfer.blocks import BlockStore, Memory
 from kv_transfer.handoff import ConsumerHandoff, ConsumerState
 from kv_transfer.layout import Read, plan_reads
 from kv_transfer.protocol import (
@@ -30,7 +28,7 @@ from kv_transfer.protocol import (
 )
 from kv_transfer.transport import Payload
 
-Damage = Callable[[Read, memoryview], memoryview]
+Damage = Callable[[Read, Memory], Memory]
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,15 +236,16 @@ class Consumer:
         )
         yield from self._proceed(arrived, asks)
 
-    def _damage(self, read: Read, message: Blocks, payload: memoryview | None) -> str | None:
+    def _damage(self, read: Read, message: Blocks, payload: "Memory | None") -> str | None:
         wanted = self._store.layout.groups[read.group].block_bytes * read.num_blocks
-        if payload is None or payload.nbytes != wanted or message.payload_bytes != wanted:
-            return f"payload of {payload.nbytes if payload else 0} bytes, wanted {wanted}"
+        found = 0 if payload is None else payload.nbytes
+        if payload is None or found != wanted or message.payload_bytes != wanted:
+            return f"payload of {found} bytes, wanted {wanted}"
         if not self._is_checksummed:
             return None
         if message.checksum is None:
             return f"no checksum with blocks {read.first_block}+{read.num_blocks}"
-        if xxhash.xxh3_64_intdigest(payload) != message.checksum:
+        if self._store.checksum(payload) != message.checksum:
             return f"checksum mismatch in blocks {read.first_block}+{read.num_blocks}"
         return None
 
