@@ -3,7 +3,7 @@
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -41,8 +41,13 @@ KINDS = ("inproc", "shm", "tcp", "gloo")
 ACROSS = ("shm", "tcp", "gloo")
 
 
-def store_of(seed: int, kind: str = "shm") -> BlockStore:
-    """Return blocks of random bytes: arrays, or tensors for the ways that need them."""
+def device_for(kinds: Iterable[str]) -> str | None:
+    """Return where blocks are that go these ways: in arrays, or on the device of tensors."""
+    return "cpu" if "gloo" in kinds else None
+
+
+def store_of(seed: int, device: str | None = None) -> BlockStore:
+    """Return blocks of random bytes in arrays, or in tensors on `device`."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -50,14 +55,14 @@ def store_of(seed: int, kind: str = "shm") -> BlockStore:
         [rng.integers(0, 256, (NUM_BLOCKS, size), np.uint8) for size in group.region_bytes]
         for group in LAYOUT.groups
     ]
-    if kind != "gloo":
+    if device is None:
         return ArrayBlockStore(LAYOUT, regions)
     # Not by the processes that need none of it.
     import torch
 
     from kv_transfer.tensor_blocks import TensorBlockStore
 
-    tensors = [[torch.from_numpy(region) for region in group] for group in regions]
+    tensors = [[torch.from_numpy(region).to(device) for region in group] for group in regions]
     return TensorBlockStore(LAYOUT, tensors)
 
 
@@ -76,9 +81,10 @@ class Side:
         seed: int,
         transports: Mapping[Via, Transport] | None = None,
         epoch: int = EPOCH,
+        device: str | None = None,
     ) -> None:
-        kinds = transports or section.transports
-        self.store, self.epoch = store_of(seed, "gloo" if "gloo" in kinds else "shm"), epoch
+        device = device or device_for(transports or section.transports)
+        self.store, self.epoch = store_of(seed, device), epoch
         self.port = HandoffPort(self.store, section, epoch, transports=transports)
         self.freed: list[str] = []
         self.pulls: dict[str, EndedPull] = {}
@@ -115,7 +121,7 @@ class Side:
 
 
 def one_transport(kind: str, section: HandoffSection, seed: int, places: Places) -> Transport:
-    store = store_of(seed, kind)
+    store = store_of(seed, device_for([kind]))
     shape = arena_shape(section, store)
     if kind == "inproc":
         return InprocTransport(shape, places)

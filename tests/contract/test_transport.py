@@ -218,6 +218,8 @@ def test_another_life_of_the_producer_is_greeted_anew(open_side: Open) -> None:
         (("tcp",), ("shm", "tcp"), "tcp"),
         (("shm", "tcp"), ("tcp",), "tcp"),
         (("inproc", "tcp"), ("shm", "tcp"), "tcp"),
+        (("gloo", "tcp"), ("gloo", "tcp"), "gloo"),
+        (("gloo", "shm"), ("tcp", "shm", "gloo"), "shm"),
     ],
 )
 def test_a_pair_uses_the_best_that_both_have(
