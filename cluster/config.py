@@ -115,7 +115,7 @@ class HandoffSection(Section):
         ("shm", "tcp"), min_length=1, description="ways payloads may go, preferred first (A,B)"
     )
     arena_mib: Count = Field(
-        32, description="shared memory per engine process for `shm`, taken at first contact"
+        32, description="memory per engine process for `shm` and `nccl`, taken at first contact"
     )
     tcp_connections: Count = Field(2, description="connections a pair spreads its payloads over")
     checksum: bool = Field(True, description="checksum every chunk (xxh3-64)")
