@@ -25,7 +25,7 @@ from kv_transfer.protocol import Via
 from kv_transfer.transport import Payload, Stage
 
 _MAX_READERS = 64
-_CLOSE_S = 5.0
+_CLOSE_S = 2.0
 # In front of each payload: its parcel, and what keeps the payload aligned.
 _HEADER_BYTES = 16
 _PARCEL_BYTES = 8

@@ -15,7 +15,7 @@ from kv_transfer.arena import PAGE_BYTES, ArenaShape
 from kv_transfer.channels import ChannelBroken, ChannelInlet, ChannelTransport
 from kv_transfer.protocol import Via
 from kv_transfer.tcp import TcpTransport
-from kv_transfer.transport import Payload, Stage
+from kv_transfer.transport import Payload, Stage, Transport
 from tests.contract.handoff_sides import SECTION, Side, content, store_of
 from tests.waiting import wait_for
 
@@ -231,23 +231,21 @@ def test_idle_channels_end_and_their_readers_invite_anew() -> None:
     ends.reader.close()
 
 
-def test_a_pair_whose_channel_breaks_goes_on_the_next_way() -> None:
+def transports(wires: Wires, has_tcp: bool) -> dict[Via, Transport]:
+    channels = ChannelTransport(wires, ArenaShape(1 << 16, 4))
+    return {Via.GLOO: channels, **({Via.TCP: TcpTransport(4)} if has_tcp else {})}
+
+
+@pytest.mark.parametrize(("has_tcp", "next_way"), [(True, "tcp"), (False, "gloo")])
+def test_a_pair_whose_channel_breaks_goes_another_way_or_meets_anew(
+    has_tcp: bool, next_way: str
+) -> None:
     wires = Wires()
-    sides = [
-        Side(
-            SECTION,
-            seed,
-            {
-                Via.GLOO: ChannelTransport(wires, ArenaShape(1 << 16, 4)),
-                Via.TCP: TcpTransport(4),
-            },
-        )
-        for seed in (1, 2)
-    ]
+    sides = [Side(SECTION, seed, transports(wires, has_tcp)) for seed in (1, 2)]
     producer, consumer = sides
     try:
-        for name, transport in (("before", "gloo"), ("cut", None), ("after", "tcp")):
-            wires.is_cut = name != "before"
+        for name, transport in (("before", "gloo"), ("cut", None), ("after", next_way)):
+            wires.is_cut = name == "cut"
             consumer.pull(producer.hold(name, range(1, 9)), range(1, 9))
             wait_for(consumer.has_ended(name))
             ended = consumer.pulls[name]
