@@ -109,11 +109,13 @@ class HandoffSection(Section):
     lease_s: Seconds = Field(30.0, description="held blocks are freed this long after last use")
     chunk_bytes: Count = Field(4 << 20, description="payload bytes per message, about")
     reads_in_flight: Count = Field(4, description="chunks a consumer asks for ahead")
-    transports: Annotated[tuple[Literal["shm", "tcp"], ...], BeforeValidator(_names)] = Field(
+    transports: Annotated[
+        tuple[Literal["shm", "tcp", "gloo", "nccl"], ...], BeforeValidator(_names)
+    ] = Field(
         ("shm", "tcp"), min_length=1, description="ways payloads may go, preferred first (A,B)"
     )
     arena_mib: Count = Field(
-        32, description="shared memory per engine process for `shm`, taken at first contact"
+        32, description="memory per engine process for `shm` and `nccl`, taken at first contact"
     )
     tcp_connections: Count = Field(2, description="connections a pair spreads its payloads over")
     checksum: bool = Field(True, description="checksum every chunk (xxh3-64)")

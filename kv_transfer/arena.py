@@ -57,13 +57,13 @@ class Arena:
         self._memory = memory
         self._shape = shape
         self._free = list(range(shape.num_slots))
-        self._stages: dict[int, Stage] = {}
+        self._staged: dict[int, memoryview] = {}
         # Another arena at this address, of another life, must not have the same serials.
         self._serial = rng.getrandbits(48)
         _HEADER.pack_into(memory, 0, _MAGIC, token, shape.slot_bytes, shape.num_slots)
 
     def __repr__(self) -> str:
-        return f"<Arena {len(self._stages)} of {self._shape.num_slots} slots in use>"
+        return f"<Arena {len(self._staged)} of {self._shape.num_slots} slots in use>"
 
     def stage(self, num_bytes: int) -> Stage | None:
         """Return a slot to write; None while all are in use, or if none is large enough."""
@@ -74,23 +74,23 @@ class Arena:
         parcel = self._serial * self._shape.num_slots + slot
         self._mark(slot, self._serial)
         start = self._shape.slot_at(parcel)
-        stage = self._stages[parcel] = Stage(parcel, self._memory[start : start + num_bytes])
-        return stage
+        buffer = self._staged[parcel] = self._memory[start : start + num_bytes]
+        return Stage(parcel, buffer)
 
     def free(self, parcel: int) -> None:
         """Take a slot back; readers who are still in it find out."""
-        stage = self._stages.pop(parcel, None)
-        if stage is not None:
+        buffer = self._staged.pop(parcel, None)
+        if buffer is not None:
             slot = parcel % self._shape.num_slots
             self._mark(slot, 0)
             self._free.append(slot)
-            _release(stage.buffer)
+            _release(buffer)
 
     def close(self) -> None:
         """Let go of the memory; what was announced stays readable where it is mapped."""
-        for stage in self._stages.values():
-            _release(stage.buffer)
-        self._stages.clear()
+        for buffer in self._staged.values():
+            _release(buffer)
+        self._staged.clear()
         self._memory = memoryview(b"")
 
     def _mark(self, slot: int, serial: int) -> None:
@@ -120,6 +120,9 @@ class ArenaInlet:
         shape = ArenaShape(slot_bytes, num_slots)
         is_whole = 0 < num_slots <= MAX_SLOTS and shape.total_bytes == len(memory)
         return cls(memory, shape) if (magic, found) == (_MAGIC, token) and is_whole else None
+
+    def door(self) -> str:
+        return ""
 
     def open(self, parcel: int, num_bytes: int, frame: memoryview | None) -> Payload | None:
         if frame is not None or not 0 < num_bytes <= self._shape.slot_bytes:

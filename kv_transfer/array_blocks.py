@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kv_transfer.blocks import Memory, host_bytes, host_checksum
 from kv_transfer.layout import BlockLayout
 
 Bytes = NDArray[np.uint8]
@@ -19,19 +20,23 @@ class ArrayBlockStore:
 
     def __init__(self, layout: BlockLayout, regions: Sequence[Sequence[Bytes]]) -> None:
         self.layout = layout
+        self.device: str | None = None
         self.total_bytes = sum(region.nbytes for group in regions for region in group)
         self._regions = regions
 
-    def gather(self, group: int, block_ids: Sequence[int], into: memoryview) -> None:
+    def gather(self, group: int, block_ids: Sequence[int], into: Memory) -> None:
         rows = np.array(block_ids, np.intp)
-        for region, part in self._parts(group, len(rows), into):
+        for region, part in self._parts(group, len(rows), host_bytes(into)):
             # The ids are the engine's own; "raise" would copy everything once more.
             np.take(region, rows, axis=0, out=part, mode="clip")
 
-    def scatter(self, group: int, block_ids: Sequence[int], payload: memoryview) -> None:
+    def scatter(self, group: int, block_ids: Sequence[int], payload: Memory) -> None:
         rows = np.array(block_ids, np.intp)
-        for region, part in self._parts(group, len(rows), payload):
+        for region, part in self._parts(group, len(rows), host_bytes(payload)):
             region[rows] = part
+
+    def checksum(self, payload: Memory) -> int:
+        return host_checksum(host_bytes(payload))
 
     def _parts(
         self, group: int, num_rows: int, memory: memoryview

@@ -1,24 +1,49 @@
 """Where block bytes live: the two operations a hand-off needs of an engine's memory."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
+
+import xxhash
 
 from kv_transfer.layout import BlockLayout
 
+if TYPE_CHECKING:
+    import torch
+
+# Bytes of the host, or of a device: a flat tensor of them, which only stores of tensors take.
+Memory: TypeAlias = "memoryview | torch.Tensor"
+
 
 class BlockStore(Protocol):
-    """One engine's KV blocks."""
+    """One engine's KV blocks. `device` has a name if they are tensors."""
 
     layout: BlockLayout
     total_bytes: int
+    device: str | None
 
-    def gather(self, group: int, block_ids: Sequence[int], into: memoryview) -> None:
+    def gather(self, group: int, block_ids: Sequence[int], into: Memory) -> None:
         """Copy the blocks to `into`, region by region; it has just their size."""
         ...
 
-    def scatter(self, group: int, block_ids: Sequence[int], payload: memoryview) -> None:
+    def scatter(self, group: int, block_ids: Sequence[int], payload: Memory) -> None:
         """Write what `gather` copied elsewhere into these blocks."""
         ...
+
+    def checksum(self, payload: Memory) -> int:
+        """Return 64 bits that tell these bytes from others; the same on both sides of a way."""
+        ...
+
+
+def host_bytes(memory: Memory) -> memoryview:
+    """Return `memory` where only the host's is expected; raise `TypeError`."""
+    if not isinstance(memory, memoryview):
+        raise TypeError(f"{memory.device} memory for blocks that are not tensors")
+    return memory
+
+
+def host_checksum(payload: memoryview) -> int:
+    """Return xxh3-64 of the payload."""
+    return xxhash.xxh3_64_intdigest(payload)
 
 
 class HostBlockStore:
@@ -26,25 +51,29 @@ class HostBlockStore:
 
     def __init__(self, layout: BlockLayout, num_blocks: int) -> None:
         self.layout = layout
+        self.device: str | None = None
         self.total_bytes = num_blocks * sum(group.block_bytes for group in layout.groups)
         self._regions = [
             [memoryview(bytearray(num_blocks * size)) for size in group.region_bytes]
             for group in layout.groups
         ]
 
-    def gather(self, group: int, block_ids: Sequence[int], into: memoryview) -> None:
-        offset = 0
+    def gather(self, group: int, block_ids: Sequence[int], into: Memory) -> None:
+        offset, out = 0, host_bytes(into)
         for region, size in self._sized(group):
             for block_id in block_ids:
-                into[offset : offset + size] = region[block_id * size : (block_id + 1) * size]
+                out[offset : offset + size] = region[block_id * size : (block_id + 1) * size]
                 offset += size
 
-    def scatter(self, group: int, block_ids: Sequence[int], payload: memoryview) -> None:
-        offset = 0
+    def scatter(self, group: int, block_ids: Sequence[int], payload: Memory) -> None:
+        offset, content = 0, host_bytes(payload)
         for region, size in self._sized(group):
             for block_id in block_ids:
-                region[block_id * size : (block_id + 1) * size] = payload[offset : offset + size]
+                region[block_id * size : (block_id + 1) * size] = content[offset : offset + size]
                 offset += size
+
+    def checksum(self, payload: Memory) -> int:
+        return host_checksum(host_bytes(payload))
 
     def _sized(self, group: int) -> Iterator[tuple[memoryview, int]]:
         return zip(self._regions[group], self.layout.groups[group].region_bytes, strict=True)

@@ -9,12 +9,14 @@ from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 from cluster.process_guard import die_with_parent, end_quickly
 from cluster.ring_file import key_source
 from cluster.vllm_cpu import claim_amx_tiles, make_seeded_prompts_chunkable
-from kv_transfer.array_blocks import ArrayBlockStore, Bytes
+from kv_transfer.array_blocks import ArrayBlockStore
 from kv_transfer.blocks import BlockStore
 from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddress, WorkerReport
 from kv_transfer.layout import BlockLayout, GroupLayout, TokenShape
 from kv_transfer.packed_blocks import PackedBlockStore
 from kv_transfer.port import HandoffPort
+from kv_transfer.protocol import Via
+from kv_transfer.tensor_blocks import TensorBlockStore
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -31,8 +33,8 @@ class UnsupportedCache(ValueError):
     """This model's KV cache cannot be handed over; the engine refuses to start."""
 
 
-def block_rows(name: str, cache: torch.Tensor, num_blocks: int) -> list[Bytes]:
-    """Return byte matrices [num_blocks, bytes] over `cache` in host memory, without copying.
+def block_rows(name: str, cache: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
+    """Return byte matrices [num_blocks, bytes] over `cache`, without copying.
 
     Backends put the block dimension first, or second behind a K/V pair; anything else, or a
     block that is not contiguous, raises `UnsupportedCache`.
@@ -45,7 +47,22 @@ def block_rows(name: str, cache: torch.Tensor, num_blocks: int) -> list[Bytes]:
         raise UnsupportedCache(f"{name}: no block dimension in {tuple(cache.shape)}")
     if not all(part[0].is_contiguous() for part in parts):
         raise UnsupportedCache(f"{name}: a block is not contiguous in {tuple(cache.shape)}")
-    return [part.view(torch.uint8).reshape(num_blocks, -1).numpy() for part in parts]
+    return [part.view(torch.uint8).view(num_blocks, -1) for part in parts]
+
+
+def are_tensors_needed(transports: tuple[str, ...]) -> bool:
+    """Return whether a way is named that carries tensors of the host too."""
+    return Via.GLOO in transports
+
+
+def store_over(
+    layout: BlockLayout, regions: list[list[torch.Tensor]], transports: tuple[str, ...]
+) -> BlockStore:
+    """Return blocks in `regions`; the host's as arrays, which copy faster, where a way that
+    needs tensors is not named."""
+    if regions[0][0].device.type == "cpu" and not are_tensors_needed(transports):
+        return ArrayBlockStore(layout, [[row.numpy() for row in rows] for rows in regions])
+    return TensorBlockStore(layout, regions)
 
 
 class WorkerHalf:
@@ -67,6 +84,7 @@ class WorkerHalf:
         self._kv_cache_config = kv_cache_config
         self._rank = get_tensor_model_parallel_rank()
         self._port: HandoffPort | None = None
+        self._store: BlockStore | None = None
         self._report: WorkerReport | None = None
         self._last_totals: dict[str, int] = {}
         self._is_idle = False
@@ -74,7 +92,7 @@ class WorkerHalf:
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Open the port over the engine's KV tensors; raise `ValueError` if they cannot go."""
         num_blocks = self._kv_cache_config.num_blocks
-        regions: list[list[Bytes]] = []
+        regions: list[list[torch.Tensor]] = []
         groups: list[GroupLayout] = []
         dtypes: list[list[torch.dtype]] = []
         for group in self._kv_cache_config.kv_cache_groups:
@@ -90,11 +108,16 @@ class WorkerHalf:
             shapes = self._shapes(group, kv_caches)
             groups.append(GroupLayout(group.kv_cache_spec.block_size, sizes, shapes))
         settings = self._settings
-        store: BlockStore = ArrayBlockStore(BlockLayout(tuple(groups), self._identity()), regions)
+        store = store_over(
+            BlockLayout(tuple(groups), self._identity()), regions, settings.handoff.transports
+        )
         if settings.handoff.wire_dtype != "as_is":
+            if store.device is not None:
+                raise UnsupportedCache("handoff.wire_dtype packs blocks in host memory only")
             store = PackedBlockStore(store, dtypes, settings.handoff.wire_dtype)
+        self._store = store
         self._port = HandoffPort(
-            store,
+            self._store,
             settings.handoff,
             settings.epoch,
             self._rank,
@@ -107,7 +130,8 @@ class WorkerHalf:
         self, group: "KVCacheGroupSpec", kv_caches: dict[str, torch.Tensor]
     ) -> tuple[TokenShape, ...]:
         """Return where the group's blocks have their tokens, by layer, where that is known."""
-        if self._vllm_config.device_config.device_type != "cpu":
+        is_host = self._vllm_config.device_config.device_type == "cpu"
+        if not is_host or are_tensors_needed(self._settings.handoff.transports):
             return ()
         # It imports what only vLLM's CPU build has.
         from kv_transfer.cpu_cells import token_shape
@@ -137,6 +161,8 @@ class WorkerHalf:
         """Hand this step's orders to the port's thread."""
         assert isinstance(orders, Orders) and self._port is not None
         self._is_idle = orders.is_idle
+        if isinstance(self._store, TensorBlockStore):
+            self._store.follow()
         for handoff_id, key in orders.opened:
             self._port.open(handoff_id, key)
         for handoff_id in orders.revoked:

@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import xxhash
-
 from cluster.engine import EndedPull
 from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId
 from cluster.sockets import plain_address
 from cluster.stages import StageClock
-from kv_transfer.blocks import BlockStore
+from kv_transfer.blocks import BlockStore, Memory, host_bytes
 from kv_transfer.handoff import ConsumerHandoff, ConsumerState
 from kv_transfer.layout import GroupLayout, Read, plan_reads
 from kv_transfer.protocol import (
@@ -34,7 +32,7 @@ from kv_transfer.transport import Payload
 if TYPE_CHECKING:
     from kv_transfer.recut import Recut
 
-Damage = Callable[[Read, memoryview], memoryview]
+Damage = Callable[[Read, Memory], Memory]
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,10 +262,11 @@ class Consumer:
         )
         yield from self._proceed(arrived, asks)
 
-    def _scatter(self, active: _Active, read: Read, content: memoryview) -> None:
+    def _scatter(self, active: _Active, read: Read, content: Memory) -> None:
         positions = slice(read.first_block, read.first_block + read.num_blocks)
         if active.recut is not None:
-            positions, content = active.recut.place(read), self._cut(active.recut, read, content)
+            positions = active.recut.place(read)
+            content = self._cut(active.recut, read, host_bytes(content))
         self._store.scatter(read.group, active.pull.block_ids[read.group][positions], content)
 
     def _cut(self, recut: "Recut", read: Read, content: memoryview) -> memoryview:
@@ -280,17 +279,18 @@ class Consumer:
         return fresh
 
     def _damage(
-        self, active: _Active, read: Read, message: Blocks, payload: memoryview | None
+        self, active: _Active, read: Read, message: Blocks, payload: "Memory | None"
     ) -> str | None:
         theirs = active.recut.theirs if active.recut else self._store.layout.groups[read.group]
         wanted = theirs.block_bytes * read.num_blocks
-        if payload is None or payload.nbytes != wanted or message.payload_bytes != wanted:
-            return f"payload of {payload.nbytes if payload else 0} bytes, wanted {wanted}"
+        found = 0 if payload is None else payload.nbytes
+        if payload is None or found != wanted or message.payload_bytes != wanted:
+            return f"payload of {found} bytes, wanted {wanted}"
         if not self._is_checksummed:
             return None
         if message.checksum is None:
             return f"no checksum with blocks {read.first_block}+{read.num_blocks}"
-        if xxhash.xxh3_64_intdigest(payload) != message.checksum:
+        if self._store.checksum(payload) != message.checksum:
             return f"checksum mismatch in blocks {read.first_block}+{read.num_blocks}"
         return None
 

@@ -3,13 +3,16 @@
 Chosen by `handoff.fault` in the configuration, so that an engine's own processes take part.
 """
 
+from itertools import accumulate
 from typing import Literal
 
+from kv_transfer.blocks import Memory
 from kv_transfer.consumer import Damage
 from kv_transfer.layout import BlockLayout, Read
 
 # Flips a sign, the exponent's lowest bit or a mantissa bit of any float: wrong, seldom NaN.
-_FLIPPED = bytes(byte ^ 0x80 for byte in range(256))
+_FLIP = 0x80
+_FLIPPED = bytes(byte ^ _FLIP for byte in range(256))
 
 
 def damage_of(
@@ -21,11 +24,21 @@ def damage_of(
     return lambda read, payload: corrupt_block(layout, read, payload)
 
 
-def corrupt_block(layout: BlockLayout, read: Read, payload: memoryview) -> memoryview:
+def corrupt_block(layout: BlockLayout, read: Read, payload: Memory) -> Memory:
     """Return a copy of a chunk whose first block is damaged in every region."""
+    starts = accumulate(
+        (size * read.num_blocks for size in layout.groups[read.group].region_bytes), initial=0
+    )
+    parts = [
+        slice(start, start + size)
+        for start, size in zip(starts, layout.groups[read.group].region_bytes, strict=False)
+    ]
+    if not isinstance(payload, memoryview):
+        tensor = payload.clone()
+        for part in parts:
+            tensor[part].bitwise_xor_(_FLIP)
+        return tensor
     damaged = bytearray(payload)
-    start = 0
-    for size in layout.groups[read.group].region_bytes:
-        damaged[start : start + size] = damaged[start : start + size].translate(_FLIPPED)
-        start += size * read.num_blocks
+    for part in parts:
+        damaged[part] = damaged[part].translate(_FLIPPED)
     return memoryview(damaged)

@@ -17,7 +17,7 @@ class InprocTransport:
     via = Via.INPROC
 
     def __init__(self, shape: ArenaShape, places: Places) -> None:
-        self.max_bytes = shape.slot_bytes
+        self._max_bytes = shape.slot_bytes
         self._places = places
         self._token = secrets.token_bytes(TOKEN_BYTES)
         memory = memoryview(bytearray(shape.total_bytes))
@@ -31,7 +31,10 @@ class InprocTransport:
         memory = self._places.get(address)
         return ArenaInlet.over(memory, bytes.fromhex(address)) if memory is not None else None
 
-    def stage(self, num_bytes: int) -> Stage | None:
+    def can_carry(self, num_bytes: int, reader: str) -> bool:
+        return num_bytes <= self._max_bytes
+
+    def stage(self, num_bytes: int, reader: str) -> Stage | None:
         return self._arena.stage(num_bytes)
 
     def free(self, parcel: int) -> None:

@@ -7,6 +7,7 @@ with it another link.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
 
 import zmq
@@ -16,6 +17,7 @@ from kv_transfer.protocol import (
     Blocks,
     ConsumerMessage,
     Greet,
+    Place,
     ReadBlocks,
     Refusal,
     Refused,
@@ -70,9 +72,12 @@ class Link:
         self._put(self.lanes[0], message)
 
     def _read(self, read: ReadBlocks) -> None:
-        if self._inlets:
-            self._put(self._next_lane(), replace(read, vias=tuple(self._inlets)))
+        doors = {via: inlet.door() for via, inlet in self._inlets.items()}
+        ways = tuple(Place(via, door) for via, door in doors.items() if door is not None)
+        if ways:
+            self._put(self._next_lane(ways[0].via), replace(read, ways=ways))
             return
+        self._detach()
         self._waiting.append(read)
         # With each read until there is an answer: a connection that breaks in between loses it.
         self._greet()
@@ -132,19 +137,23 @@ class Link:
         for handoff_id in dict.fromkeys(read.handoff_id for read in reads):
             yield Refused(handoff_id, Refusal.TRANSPORT, detail)
 
-    def open(self, message: Blocks, frame: memoryview | None) -> Payload | None:
+    def open(self, message: Blocks, frame: memoryview | None) -> Payload | Future[Payload] | None:
         """Return the parcel of a chunk, None if it is not where its producer says."""
         inlet = self._inlets.get(message.via)
         return inlet.open(message.parcel, message.payload_bytes, frame) if inlet else None
 
     def close(self) -> None:
-        for inlet in self._inlets.values():
-            inlet.close()
+        self._detach()
         for lane in self.lanes:
             lane.close()
 
-    def _next_lane(self) -> "zmq.Socket[bytes]":
-        if next(iter(self._inlets)) is not Via.TCP:
+    def _detach(self) -> None:
+        for inlet in self._inlets.values():
+            inlet.close()
+        self._inlets.clear()
+
+    def _next_lane(self, via: Via) -> "zmq.Socket[bytes]":
+        if via is not Via.TCP:
             return self.lanes[0]
         self._num_reads += 1
         index = self._num_reads % self._num_lanes

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from kv_transfer.blocks import BlockStore
+from kv_transfer.blocks import BlockStore, Memory, host_bytes
 from kv_transfer.layout import BlockLayout, GroupLayout
 
 WireDtype = Literal["int8", "fp8"]
@@ -39,6 +39,7 @@ class PackedBlockStore:
         """Raise `ValueError` for numbers that have but one byte already, or are no floats."""
         if wrong := {str(d) for group in dtypes for d in group if d not in _WIDE}:
             raise ValueError(f"a KV cache of {'+'.join(sorted(wrong))} cannot go as {wire_dtype}")
+        self.device: str | None = None
         self._inner = inner
         self._dtypes = dtypes
         self._byte, self._most = _BYTES[wire_dtype]
@@ -53,25 +54,29 @@ class PackedBlockStore:
         ratio = max(ours.block_bytes / theirs.block_bytes for ours, theirs in sizes)
         self.total_bytes = math.ceil(inner.total_bytes * ratio)
 
-    def gather(self, group: int, block_ids: Sequence[int], into: memoryview) -> None:
+    def gather(self, group: int, block_ids: Sequence[int], into: Memory) -> None:
+        wire = host_bytes(into)
         plain = self._take_plain(group, len(block_ids))
         self._inner.gather(group, block_ids, plain)
-        for numbers, scales, packed in self._parts(group, len(block_ids), plain, into):
+        for numbers, scales, packed in self._parts(group, len(block_ids), plain, wire):
             wide = numbers.float()
             torch.amax(wide.abs(), 1, keepdim=True, out=scales)
             scales.div_(self._most)
             scaled = wide / torch.where(scales == 0, 1.0, scales)
             packed.copy_(scaled.round_() if self._byte is torch.int8 else scaled)
 
-    def scatter(self, group: int, block_ids: Sequence[int], payload: memoryview) -> None:
+    def scatter(self, group: int, block_ids: Sequence[int], payload: Memory) -> None:
         plain = self._take_plain(group, len(block_ids))
         self._arrived = _at_least(self._arrived, payload.nbytes)
         # A payload may be read-only, which torch has no word for.
         arrived = memoryview(self._arrived)[: payload.nbytes]
-        arrived[:] = payload
+        arrived[:] = host_bytes(payload)
         for numbers, scales, packed in self._parts(group, len(block_ids), plain, arrived):
             numbers.copy_(packed.float().mul_(scales))
         self._inner.scatter(group, block_ids, plain)
+
+    def checksum(self, payload: Memory) -> int:
+        return self._inner.checksum(payload)
 
     def _take_plain(self, group: int, num_blocks: int) -> memoryview:
         """Return room for the blocks as the engine has them; the next call may reuse it."""

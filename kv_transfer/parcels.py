@@ -46,24 +46,25 @@ class Parcels:
         return tuple(found)
 
     def stage(
-        self, vias: Iterable[Via], num_bytes: int, handoff_id: HandoffId, now: float
+        self, ways: Iterable[Place], num_bytes: int, handoff_id: HandoffId, now: float
     ) -> tuple[Via, Stage] | None:
-        """Return memory for a chunk over the first of `vias` that has room, and which it is."""
-        for via in vias:
-            stage = self._transports[via].stage(num_bytes)
+        """Return memory for a chunk over the first of `ways` that has room, and which it is."""
+        for way in ways:
+            stage = self._transports[way.via].stage(num_bytes, way.address)
             if stage is not None:
                 if stage.parcel:
-                    self._out[stage.parcel] = _Out(via, handoff_id, now)
+                    self._out[stage.parcel] = _Out(way.via, handoff_id, now)
                     self._of.setdefault(handoff_id, set()).add(stage.parcel)
-                return via, stage
+                return way.via, stage
         return None
 
-    def usable(self, vias: Iterable[Via], num_bytes: int) -> list[Via]:
-        """Return those of `vias` that exist here and can carry such a chunk."""
+    def usable(self, ways: Iterable[Place], num_bytes: int) -> list[Place]:
+        """Return those of `ways` that exist here and can carry such a chunk."""
         return [
-            via
-            for via in vias
-            if via in self._transports and num_bytes <= self._transports[via].max_bytes
+            way
+            for way in ways
+            if way.via in self._transports
+            and self._transports[way.via].can_carry(num_bytes, way.address)
         ]
 
     def take_back(self, handoff_id: HandoffId, parcels: Iterable[int]) -> None:

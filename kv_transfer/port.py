@@ -11,6 +11,8 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import replace
 from typing import TypeVar
 
 import zmq
@@ -36,6 +38,7 @@ from kv_transfer.protocol import (
     Filling,
     Greet,
     ReadBlocks,
+    Refusal,
     Refused,
     Release,
     Renew,
@@ -43,7 +46,7 @@ from kv_transfer.protocol import (
     Welcome,
 )
 from kv_transfer.tcp import MAX_FRAME_BYTES
-from kv_transfer.transport import Transport
+from kv_transfer.transport import Payload, Transport
 from kv_transfer.transports import arena_shape, transports_of
 
 _TICK_MS = 100
@@ -77,7 +80,7 @@ class HandoffPort:
         self._sockets = Sockets(self._context, keys)
         self._listener = self._sockets.open(zmq.ROUTER, _MAX_REQUEST_BYTES)
         self.endpoint = self._sockets.listen(self._listener, section.bind_host)
-        self._transports = transports or transports_of(section, arena_shape(section, store))
+        self._transports = transports or transports_of(section, arena_shape(section, store), store)
         parcels = Parcels(self._transports, section.stall_timeout_s)
         self.producer = Producer(
             store, epoch, section.lease_s, section.checksum, self._run_commands, parcels
@@ -291,11 +294,29 @@ class HandoffPort:
         link.last_heard = now
         if isinstance(message, Blocks):
             payload = link.open(message, frames[1].buffer if len(frames) == 2 else None)
-            self._send(self.consumer.handle(message, payload, now))
+            if isinstance(payload, Future):
+                self._await(message, payload, now)
+            else:
+                self._send(self.consumer.handle(message, payload, now))
         elif isinstance(message, Filling | Refused):
             self._send(self.consumer.handle(message, None, now))
         else:
             self.counts["frames_malformed"] += 1
+
+    def _await(self, message: Blocks, payload: Future[Payload], since: float) -> None:
+        """Go on with a chunk on this thread once it is there, or with why it is not."""
+
+        def arrive() -> None:
+            now = time.monotonic()
+            if (error := payload.exception()) is not None:
+                lost = Refused(message.handoff_id, Refusal.TRANSPORT, str(error))
+                self._send(self.consumer.handle(lost, None, now))
+                return
+            held_s = None if message.held_s is None else message.held_s + now - since
+            arrived = replace(message, held_s=held_s)
+            self._send(self.consumer.handle(arrived, payload.result(), now))
+
+        payload.add_done_callback(lambda _: self._command(arrive))
 
     def _send(self, orders: Iterable[Order]) -> None:
         for order in orders:

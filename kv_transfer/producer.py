@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import xxhash
-
 from cluster.names import HandoffId
 from cluster.stages import StageClock
 from kv_transfer.blocks import BlockStore
@@ -251,13 +249,13 @@ class Producer:
             return
         self._renew(read.handoff_id, now)
         num_bytes = read.num_blocks * self._store.layout.groups[read.group].block_bytes
-        vias = self._parcels.usable(read.vias, num_bytes)
-        if not vias:
+        ways = self._parcels.usable(read.ways, num_bytes)
+        if not ways:
             yield self._refuse(peer, read, Refusal.TRANSPORT, f"no way for {num_bytes} bytes")
             return
         if now - entry.since < ROOM_GRACE_S:
-            vias = vias[:1]
-        staged = self._parcels.stage(vias, num_bytes, read.handoff_id, now)
+            ways = ways[:1]
+        staged = self._parcels.stage(ways, num_bytes, read.handoff_id, now)
         answer = self._gather(peer, read, now, *staged) if staged is not None else None
         if answer is None:
             self._parked.append(entry)
@@ -341,7 +339,8 @@ class Producer:
         produced = held.produced_bytes + num_bytes
         self.counts["bytes_sent"] += num_bytes
         self._held[read.handoff_id] = replace(held, produced_bytes=produced)
-        checksum = xxhash.xxh3_64_intdigest(stage.buffer) if self._is_checksummed else None
+        checksum = self._store.checksum(stage.buffer) if self._is_checksummed else None
+        stage.send()
         message = Blocks(
             read.handoff_id,
             read.group,

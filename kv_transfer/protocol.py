@@ -10,6 +10,7 @@ blocks that are not computed yet is answered when they are.
 2. transports: `Greet` and `Welcome`, parcels named in `Blocks` and taken in `ReadBlocks`.
 3. blocks leave while the prompt is computed: `Filling`; `Blocks` say for how long it has been
    complete and bring the first token.
+4. reads name, with each way, where its reader is found: some ways make the producer connect.
 """
 
 import enum
@@ -21,7 +22,7 @@ from cluster.messages import Offer
 from cluster.names import HandoffId, WorkerId
 from cluster.wire import Codec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 
 
 class Refusal(enum.StrEnum):
@@ -42,6 +43,8 @@ class Via(enum.StrEnum):
     INPROC = "inproc"
     SHM = "shm"
     TCP = "tcp"
+    GLOO = "gloo"
+    NCCL = "nccl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Greet:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one transport's payloads are found; only that transport reads the address."""
+    """Where one side of a transport is found by the other; nothing else reads the address."""
 
     via: Via
     address: str
@@ -72,8 +75,8 @@ class Welcome:
 class ReadBlocks:
     """Consumer to producer: send these blocks; epoch and fingerprint are checked first.
 
-    `vias` are the ways that work, best first; `taken` are parcels of this hand-off that have
-    been read, so that their memory can be used again.
+    `ways` are those that work, best first, and where the reader is found on each; `taken` are
+    parcels of this hand-off that have been read, so that their memory can be used again.
     """
 
     handoff_id: HandoffId
@@ -82,7 +85,7 @@ class ReadBlocks:
     group: int
     first_block: int
     num_blocks: int
-    vias: tuple[Via, ...] = (Via.TCP,)
+    ways: tuple[Place, ...] = (Place(Via.TCP, ""),)
     taken: tuple[int, ...] = ()
 
 

@@ -61,7 +61,6 @@ class ShmTransport:
     via = Via.SHM
 
     def __init__(self, shape: ArenaShape) -> None:
-        self.max_bytes = shape.slot_bytes
         self._shape = shape
         self._fd: int | None = None
         self._arena: Arena | None = None
@@ -87,7 +86,10 @@ class ShmTransport:
         finally:
             os.close(fd)
 
-    def stage(self, num_bytes: int) -> Stage | None:
+    def can_carry(self, num_bytes: int, reader: str) -> bool:
+        return num_bytes <= self._shape.slot_bytes
+
+    def stage(self, num_bytes: int, reader: str) -> Stage | None:
         return self._arena.stage(num_bytes) if self._arena is not None else None
 
     def free(self, parcel: int) -> None:

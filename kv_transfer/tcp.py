@@ -30,7 +30,6 @@ class TcpTransport:
     """
 
     via = Via.TCP
-    max_bytes = MAX_FRAME_BYTES
 
     def __init__(self, max_kept: int) -> None:
         self._max_kept = max_kept
@@ -42,7 +41,10 @@ class TcpTransport:
     def attach(self, address: str) -> "FrameInlet":
         return FrameInlet()
 
-    def stage(self, num_bytes: int) -> Stage:
+    def can_carry(self, num_bytes: int, reader: str) -> bool:
+        return num_bytes <= MAX_FRAME_BYTES
+
+    def stage(self, num_bytes: int, reader: str) -> Stage:
         memory = self._take_unsent(num_bytes) or bytearray(num_bytes)
         buffer = memoryview(memory)[:num_bytes]
         # Not copied, however small: the blocks are gathered after this.
@@ -68,6 +70,9 @@ class TcpTransport:
 
 class FrameInlet:
     """Payloads come with their messages; a frame that was received is nobody else's."""
+
+    def door(self) -> str:
+        return ""
 
     def open(self, parcel: int, num_bytes: int, frame: memoryview | None) -> Payload | None:
         return None if frame is None else Payload(frame)

@@ -5,15 +5,16 @@ more whether the blocks are still its own, and only then announces the chunk in 
 names the *parcel*. A consumer has *attached* to the producer's place and opens the parcel there.
 The parcel belongs to the consumer until it says that it has taken it, or the hand-off ends.
 
-The calls are synchronous and move one chunk, so a device transport fits: `stage` gives device
-memory that others of the host can map (`cuda_ipc`), or posts the send that `open` waits for
-with a time-out (`nccl`, over an injected send and receive).
+The calls do not block, and each is about one chunk. Where payloads do not lie in memory that both
+see, a chunk is sent when it is announced and `open` returns what will come, or why it did not.
 """
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from kv_transfer.blocks import Memory
 from kv_transfer.protocol import Via
 
 if TYPE_CHECKING:
@@ -22,11 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Memory to gather one chunk into; `frame` is set if the message carries it along."""
+    """Memory to gather one chunk into; `frame` is set if the message carries it along, `send` is
+    called when it is announced."""
 
     parcel: int
-    buffer: memoryview
+    buffer: Memory
     frame: "zmq.Frame | None" = None
+    send: Callable[[], None] = lambda: None
 
 
 def _always() -> bool:
@@ -41,15 +44,22 @@ class Payload:
     something else there meanwhile.
     """
 
-    content: memoryview
+    content: Memory
     is_intact: Callable[[], bool] = _always
 
 
 class Inlet(Protocol):
     """A consumer's end: one producer's place, attached."""
 
-    def open(self, parcel: int, num_bytes: int, frame: memoryview | None) -> Payload | None:
-        """Return an announced chunk; None if it is not there, whatever a peer may have said."""
+    def door(self) -> str | None:
+        """Return what the next read says of where we are found; None if this way is broken."""
+        ...
+
+    def open(
+        self, parcel: int, num_bytes: int, frame: memoryview | None
+    ) -> "Payload | Future[Payload] | None":
+        """Return an announced chunk, or one that is being received; None if it is not there,
+        whatever a peer may have said. The future is done in any thread, an error says why."""
         ...
 
     def close(self) -> None:
@@ -61,8 +71,6 @@ class Transport(Protocol):
     """One way of carrying payloads, for every peer of one port; called from its thread only."""
 
     via: Via
-    max_bytes: int
-    """Larger chunks cannot go this way."""
 
     def address(self) -> str:
         """Return what consumers need in order to attach; memory is taken at the first call."""
@@ -72,7 +80,11 @@ class Transport(Protocol):
         """Return the way into a producer's place, None if it cannot be reached from here."""
         ...
 
-    def stage(self, num_bytes: int) -> Stage | None:
+    def can_carry(self, num_bytes: int, reader: str) -> bool:
+        """Return whether such a chunk can go this way to whom an inlet's `door` named."""
+        ...
+
+    def stage(self, num_bytes: int, reader: str) -> Stage | None:
         """Return memory for a chunk, None while there is no room."""
         ...
 

@@ -1,4 +1,4 @@
-"""The transports of one port, by the names its configuration gives them."""
+"""The transports of one port: those of its configuration that its blocks can go by."""
 
 from collections.abc import Callable
 
@@ -18,10 +18,45 @@ def arena_shape(section: HandoffSection, store: BlockStore) -> ArenaShape:
     return ArenaShape.for_chunks(chunk_bytes, min(section.arena_mib << 20, store.total_bytes))
 
 
-def transports_of(section: HandoffSection, shape: ArenaShape) -> dict[Via, Transport]:
-    """Return what `section` names, in its order."""
-    kinds: dict[Via, Callable[[ArenaShape], Transport]] = {
-        Via.SHM: ShmTransport,
-        Via.TCP: lambda shape: TcpTransport(shape.num_slots),
+# The device that blocks must be on; the other ways take them from anywhere, through the host.
+_DEVICES = {Via.GLOO: "cpu", Via.NCCL: "cuda"}
+
+
+def transports_of(
+    section: HandoffSection, shape: ArenaShape, store: BlockStore
+) -> dict[Via, Transport]:
+    """Return what `section` names, in its order, as far as it is for blocks like these.
+
+    Raises `ValueError` if nothing is.
+    """
+    kinds: dict[Via, Callable[[], Transport]] = {
+        Via.SHM: lambda: ShmTransport(shape),
+        Via.TCP: lambda: TcpTransport(shape.num_slots),
+        Via.GLOO: lambda: _over_gloo(section, shape),
+        Via.NCCL: lambda: _over_nccl(section, shape, store),
     }
-    return {Via(name): kinds[Via(name)](shape) for name in section.transports}
+    vias = [Via(name) for name in section.transports]
+    device = None if store.device is None else store.device.partition(":")[0]
+    fitting = [via for via in vias if _DEVICES.get(via, device) == device]
+    if not fitting:
+        where = f"in tensors on {store.device}" if store.device else "in the host's memory"
+        named = ",".join(section.transports)
+        raise ValueError(f"handoff.transports: {named} cannot carry blocks {where}; add shm or tcp")
+    return {via: kinds[via]() for via in fitting}
+
+
+# Torch is imported by those who have tensors.
+
+
+def _over_gloo(section: HandoffSection, shape: ArenaShape) -> Transport:
+    from kv_transfer.channels import ChannelTransport
+    from kv_transfer.gloo import GlooBackend
+
+    return ChannelTransport(GlooBackend(section.bind_host, section.stall_timeout_s), shape)
+
+
+def _over_nccl(section: HandoffSection, shape: ArenaShape, store: BlockStore) -> Transport:
+    from kv_transfer.channels import ChannelTransport
+    from kv_transfer.nccl import NcclBackend
+
+    return ChannelTransport(NcclBackend(str(store.device), section.stall_timeout_s), shape)

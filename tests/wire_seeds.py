@@ -48,7 +48,9 @@ TO_ROUTER = [
 ]
 TO_PRODUCER = [
     protocol.Greet(EPOCH, (Via.TCP, Via.SHM)),
-    ReadBlocks(HandoffId("held"), EPOCH, LAYOUT.fingerprint, 0, 0, 2, (Via.TCP,), (1, 2)),
+    ReadBlocks(
+        HandoffId("held"), EPOCH, LAYOUT.fingerprint, 0, 0, 2, (Place(Via.TCP, ""),), (1, 2)
+    ),
     Renew(HandoffId("held"), EPOCH, (3,)),
     Release(HandoffId("nobody"), EPOCH, is_loaded=False),
 ]

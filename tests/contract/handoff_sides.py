@@ -3,7 +3,7 @@
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
 
@@ -15,16 +15,16 @@ from cluster.engine import EndedPull
 from cluster.messages import Offer
 from cluster.names import HandoffId, WorkerId
 from kv_transfer.array_blocks import ArrayBlockStore
+from kv_transfer.blocks import BlockStore
 from kv_transfer.consumer import Pull
 from kv_transfer.inproc import InprocTransport, Places
 from kv_transfer.layout import BlockLayout, GroupLayout
 from kv_transfer.port import HandoffPort
 from kv_transfer.producer import Hold
 from kv_transfer.protocol import Via
-from kv_transfer.shm import ShmTransport
 from kv_transfer.tcp import TcpTransport
 from kv_transfer.transport import Transport
-from kv_transfer.transports import arena_shape
+from kv_transfer.transports import arena_shape, transports_of
 from tests.waiting import wait_for
 
 # Odd sizes on purpose: nothing here is a multiple of a page, a line or a word.
@@ -37,11 +37,17 @@ STALL_S = 1.0
 SECTION = HandoffSection(
     chunk_bytes=5 * BLOCK_BYTES, stall_timeout_s=10, lease_s=20, reads_in_flight=3
 )
-KINDS = ("inproc", "shm", "tcp")
-ACROSS = ("shm", "tcp")
+KINDS = ("inproc", "shm", "tcp", "gloo")
+ACROSS = ("shm", "tcp", "gloo")
 
 
-def store_of(seed: int) -> ArrayBlockStore:
+def device_for(kinds: Iterable[str]) -> str | None:
+    """Return where blocks are that go these ways: in arrays, or on the device of tensors."""
+    return "cpu" if "gloo" in kinds else None
+
+
+def store_of(seed: int, device: str | None = None) -> BlockStore:
+    """Return blocks of random bytes in arrays, or in tensors on `device`."""
     import numpy as np
 
     rng = np.random.default_rng(seed)
@@ -49,10 +55,18 @@ def store_of(seed: int) -> ArrayBlockStore:
         [rng.integers(0, 256, (NUM_BLOCKS, size), np.uint8) for size in group.region_bytes]
         for group in LAYOUT.groups
     ]
-    return ArrayBlockStore(LAYOUT, regions)
+    if device is None:
+        return ArrayBlockStore(LAYOUT, regions)
+    # Not by the processes that need none of it.
+    import torch
+
+    from kv_transfer.tensor_blocks import TensorBlockStore
+
+    tensors = [[torch.from_numpy(region).to(device) for region in group] for group in regions]
+    return TensorBlockStore(LAYOUT, tensors)
 
 
-def content(store: ArrayBlockStore, block_ids: Sequence[int], group: int = 0) -> bytes:
+def content(store: BlockStore, block_ids: Sequence[int], group: int = 0) -> bytes:
     out = bytearray(len(block_ids) * LAYOUT.groups[group].block_bytes)
     store.gather(group, block_ids, memoryview(out))
     return bytes(out)
@@ -67,8 +81,10 @@ class Side:
         seed: int,
         transports: Mapping[Via, Transport] | None = None,
         epoch: int = EPOCH,
+        device: str | None = None,
     ) -> None:
-        self.store, self.epoch = store_of(seed), epoch
+        device = device or device_for(transports or section.transports)
+        self.store, self.epoch = store_of(seed, device), epoch
         self.port = HandoffPort(self.store, section, epoch, transports=transports)
         self.freed: list[str] = []
         self.pulls: dict[str, EndedPull] = {}
@@ -105,10 +121,12 @@ class Side:
 
 
 def one_transport(kind: str, section: HandoffSection, seed: int, places: Places) -> Transport:
-    shape = arena_shape(section, store_of(seed))
+    store = store_of(seed, device_for([kind]))
+    shape = arena_shape(section, store)
     if kind == "inproc":
         return InprocTransport(shape, places)
-    return ShmTransport(shape) if kind == "shm" else TcpTransport(shape.num_slots)
+    named = section.model_copy(update={"transports": (kind,)})
+    return transports_of(named, shape, store)[Via(kind)]
 
 
 Open = Callable[..., Side]
@@ -124,10 +142,14 @@ def arenas() -> int:
 @pytest.fixture
 def open_side() -> Iterator[Open]:
     """Open sides; afterwards close them and check that no memory, thread or file is left."""
+    from kv_transfer.gloo import GlooBackend
+
     Side(SECTION, 0).port.close()
     # These start with the first of their kind and stay: ZeroMQ's thread that waits for frames
-    # to be sent, and the process that looks after others.
-    TcpTransport(0).stage(1)
+    # to be sent, what the store of an invitation hears signals by, and the process that looks
+    # after others.
+    TcpTransport(0).stage(1, "")
+    GlooBackend("127.0.0.1", 1.0).invite()
     resource_tracker.ensure_running()
     gc.collect()
     before = psutil.Process().num_fds(), threading.active_count()

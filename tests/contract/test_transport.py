@@ -139,9 +139,9 @@ def test_a_cancelled_pull_gives_everything_back(open_side: Open, kind: str) -> N
     assert consumer.pulls["after"].failure is None
 
 
-@pytest.mark.parametrize("kind", ["inproc", "shm"])
+@pytest.mark.parametrize("kind", ["inproc", "shm", "gloo"])
 def test_a_full_arena_makes_reads_wait_for_room(open_side: Open, kind: str) -> None:
-    """Nothing else is allowed to these two: ten hand-offs share two slots."""
+    """Nothing else is allowed to these: ten hand-offs share two slots."""
     section = {"arena_mib": 1, "chunk_bytes": 400 << 10}
     producer, consumer = open_side(kind, **section), open_side(kind, **section)
     names = [f"h{number}" for number in range(10)]
@@ -218,6 +218,8 @@ def test_another_life_of_the_producer_is_greeted_anew(open_side: Open) -> None:
         (("tcp",), ("shm", "tcp"), "tcp"),
         (("shm", "tcp"), ("tcp",), "tcp"),
         (("inproc", "tcp"), ("shm", "tcp"), "tcp"),
+        (("gloo", "tcp"), ("gloo", "tcp"), "gloo"),
+        (("gloo", "shm"), ("tcp", "shm", "gloo"), "shm"),
     ],
 )
 def test_a_pair_uses_the_best_that_both_have(

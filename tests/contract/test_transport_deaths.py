@@ -1,6 +1,7 @@
 """What the transports between two processes promise, and what when one of them is killed."""
 
 import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from cluster.messages import Offer
 from tests.contract.handoff_sides import ACROSS, SECTION, STALL_S, Open, Side, content, store_of
 from tests.waiting import wait_for
 
@@ -33,7 +33,28 @@ def _produce(kind: str, pipe: "Connection[Any, Any]") -> None:
     signal.pause()
 
 
-def _consume(kind: str, offer: Offer, pipe: "Connection[Any, Any]") -> None:
+def _produce_and_stop_sending(timeout_s: float, pipe: "Connection[Any, Any]") -> None:
+    """Announce every chunk, and send all but the third."""
+    section = SECTION.model_copy(update={"transports": ("gloo",), "stall_timeout_s": timeout_s})
+    side = Side(section, 77)
+    from kv_transfer.gloo import GlooChannel
+
+    send, num_sends, blocked = GlooChannel.send, 0, threading.Event()
+
+    def stop(channel: GlooChannel, memory: Any) -> None:
+        nonlocal num_sends
+        num_sends += 1
+        if num_sends == 3:
+            pipe.send("in the middle")
+            blocked.wait()
+        send(channel, memory)
+
+    GlooChannel.send = stop  # type: ignore[method-assign, assignment]
+    pipe.send(side.hold("h", range(1, 400)))
+    signal.pause()
+
+
+def _consume(kind: str, pipe: "Connection[Any, Any]") -> None:
     side = Side(SECTION.model_copy(update={"transports": (kind,)}), 78)
     blocked = threading.Event()
 
@@ -42,7 +63,8 @@ def _consume(kind: str, offer: Offer, pipe: "Connection[Any, Any]") -> None:
         blocked.wait()
 
     side.store.scatter = stop  # type: ignore[method-assign]
-    side.pull(offer, range(1, 400))
+    pipe.send("up")
+    side.pull(pipe.recv(), range(1, 400))
     signal.pause()
 
 
@@ -99,7 +121,9 @@ def test_a_producer_that_is_killed_in_the_middle(open_side: Open, other: Any, ki
     process.kill()
     process.join()
     wait_for(consumer.has_ended("h"), 10)
-    assert "no data for" in (consumer.pulls["h"].failure or "")
+    failure = consumer.pulls["h"].failure or ""
+    # A channel ends with the process at its other end, if something is on its way just then.
+    assert "no data for" in failure or f"transport: {kind}: " in failure
     consumer.pull(survivor.hold("after", range(1, 30)), range(1, 30))
     wait_for(consumer.has_ended("after"))
     assert consumer.pulls["after"].failure is None
@@ -109,7 +133,9 @@ def test_a_producer_that_is_killed_in_the_middle(open_side: Open, other: Any, ki
 def test_a_consumer_that_is_killed_in_the_middle(open_side: Open, other: Any, kind: str) -> None:
     """What it had not taken is taken back, long before the lease of the hand-off ends."""
     producer, consumer = open_side(kind, lease_s=3.0, stall_timeout_s=STALL_S), open_side(kind)
-    process, pipe = other(_consume, kind, producer.hold("h", range(1, 400)))
+    process, pipe = other(_consume, kind)
+    assert heard(pipe) == "up"
+    pipe.send(producer.hold("h", range(1, 400)))
     assert heard(pipe) == "in the middle"
     process.kill()
     process.join()
@@ -118,3 +144,30 @@ def test_a_consumer_that_is_killed_in_the_middle(open_side: Open, other: Any, ki
     wait_for(consumer.has_ended("after"))
     assert consumer.pulls["after"].failure is None
     wait_for(producer.has_freed("h", "after"), 10)
+
+
+def test_a_producer_that_is_killed_in_the_middle_of_a_send(open_side: Open, other: Any) -> None:
+    """Its reader, which waits for the bytes, hears of it long before it would call it stalled."""
+    consumer, survivor = open_side("gloo"), open_side("gloo")
+    process, pipe = other(_produce_and_stop_sending, 10.0)
+    consumer.pull(heard(pipe), range(1, 400))
+    assert heard(pipe) == "in the middle"
+    process.kill()
+    process.join()
+    wait_for(consumer.has_ended("h"), 3)
+    assert "transport: gloo: " in (consumer.pulls["h"].failure or "")
+    consumer.pull(survivor.hold("after", range(1, 30)), range(1, 30))
+    wait_for(consumer.has_ended("after"))
+    assert consumer.pulls["after"].failure is None
+
+
+def test_a_producer_that_freezes_in_the_middle_of_a_send(open_side: Open, other: Any) -> None:
+    """It is there, and says nothing: the time-out ends the pull, and the channel with it."""
+    consumer = open_side("gloo", stall_timeout_s=STALL_S)
+    process, pipe = other(_produce_and_stop_sending, 10.0)
+    offer = heard(pipe)
+    consumer.pull(offer, range(1, 400))
+    assert heard(pipe) == "in the middle"
+    os.kill(process.pid, signal.SIGSTOP)
+    wait_for(consumer.has_ended("h"), 5)
+    assert consumer.pulls["h"].failure

@@ -16,7 +16,7 @@ from kv_transfer.inproc import InprocTransport
 from kv_transfer.layout import BlockLayout, GroupLayout
 from kv_transfer.parcels import Parcels
 from kv_transfer.producer import Answer, Hold, Producer
-from kv_transfer.protocol import CODEC, Blocks, ReadBlocks, Via
+from kv_transfer.protocol import CODEC, Blocks, Place, ReadBlocks, Via
 from kv_transfer.tcp import FrameInlet
 from kv_transfer.transport import Stage
 
@@ -71,7 +71,6 @@ class FrameTransport:
     """Payloads that travel with their message, as over TCP; here as plain bytes."""
 
     via = Via.TCP
-    max_bytes = 1 << 20
 
     def address(self) -> str:
         return ""
@@ -79,7 +78,10 @@ class FrameTransport:
     def attach(self, address: str) -> FrameInlet:
         return FrameInlet()
 
-    def stage(self, num_bytes: int) -> Stage:
+    def can_carry(self, num_bytes: int, reader: str) -> bool:
+        return num_bytes <= 1 << 20
+
+    def stage(self, num_bytes: int, reader: str) -> Stage:
         buffer = memoryview(bytearray(num_bytes))
         return Stage(0, buffer, buffer)  # type: ignore[arg-type]
 
@@ -111,7 +113,8 @@ class Pair:
         self.theirs, self.ours = WatchedStore(layout, seed + 1), WatchedStore(layout, seed + 2)
         self.late_commands: list[Callable[[], None]] = []
         arena = InprocTransport(ArenaShape(PAGE_BYTES, max(1, num_slots)), places={})
-        self.vias = (Via.INPROC, Via.TCP) if num_slots else (Via.TCP,)
+        vias = (Via.INPROC, Via.TCP) if num_slots else (Via.TCP,)
+        self.ways = tuple(Place(via, "") for via in vias)
         self.inlets = {Via.INPROC: arena.attach(arena.address()), Via.TCP: FrameInlet()}
         self.parcels = Parcels({Via.INPROC: arena, Via.TCP: FrameTransport()}, STALL_S)
         self.producer = Producer(
@@ -171,7 +174,7 @@ class Pair:
         for order in orders:
             message = order.message
             if isinstance(message, ReadBlocks):
-                message = replace(message, vias=self.vias)
+                message = replace(message, ways=self.ways)
             self.to_producer.append(CODEC.encode(message))
 
     def answer(self, answers: Iterable[Answer]) -> None:

@@ -90,8 +90,12 @@ def parcels() -> Parcels:
     return Parcels({Via.INPROC: arena_, Via.TCP: FrameTransport()}, timeout_s=3.0)
 
 
+def ways(*vias: Via) -> list[Place]:
+    return [Place(via, "") for via in vias]
+
+
 def out(book: Parcels, owner: HandoffId, now: float = 0.0) -> int:
-    staged_ = book.stage([Via.INPROC], 8, owner, now)
+    staged_ = book.stage(ways(Via.INPROC), 8, owner, now)
     assert staged_ is not None
     return staged_[1].parcel
 
@@ -99,7 +103,7 @@ def out(book: Parcels, owner: HandoffId, now: float = 0.0) -> int:
 def test_parcels_go_back_to_their_owner_only() -> None:
     book = parcels()
     first, second = out(book, A), out(book, B)
-    assert book.stage([Via.INPROC], 8, A, 0.0) is None
+    assert book.stage(ways(Via.INPROC), 8, A, 0.0) is None
     book.take_back(A, [second, 99])
     assert len(book) == 2
     book.take_back(A, [first, first])
@@ -123,13 +127,13 @@ def test_parcels_nobody_takes_come_back_in_time() -> None:
 def test_a_full_way_is_passed_over_and_frames_are_not_kept_book_of() -> None:
     book = parcels()
     out(book, A), out(book, A)
-    found = book.stage([Via.INPROC, Via.TCP], 8, A, 0.0)
+    found = book.stage(ways(Via.INPROC, Via.TCP), 8, A, 0.0)
     assert found is not None and found[0] is Via.TCP and len(book) == 2
 
 
 def test_ways_that_do_not_exist_or_fit_are_not_used() -> None:
     book = parcels()
-    assert book.usable([Via.SHM, Via.TCP, Via.INPROC], 8) == [Via.TCP, Via.INPROC]
-    assert book.usable([Via.INPROC, Via.TCP], PAGE_BYTES + 1) == [Via.TCP]
-    assert book.usable([Via.INPROC], PAGE_BYTES + 1) == []
+    assert book.usable(ways(Via.SHM, Via.TCP, Via.INPROC), 8) == ways(Via.TCP, Via.INPROC)
+    assert book.usable(ways(Via.INPROC, Via.TCP), PAGE_BYTES + 1) == ways(Via.TCP)
+    assert book.usable(ways(Via.INPROC), PAGE_BYTES + 1) == []
     assert book.places([Via.SHM, Via.TCP]) == (Place(Via.TCP, ""),)

@@ -5,7 +5,7 @@ import pytest
 from cluster.names import HandoffId
 from kv_transfer.handoff import ProducerEvent
 from kv_transfer.producer import ROOM_GRACE_S
-from kv_transfer.protocol import ReadBlocks, Refusal, Refused, Via
+from kv_transfer.protocol import Place, ReadBlocks, Refusal, Refused, Via
 from tests.unit.kv_transfer.pair import EPOCH, LAYOUT, Pair, assert_failed, assert_untouched
 
 THEIRS, OURS = (3, 9, 4, 20), (11, 2, 30, 5)
@@ -62,6 +62,6 @@ def test_a_parcel_taken_too_late_is_not_believed() -> None:
 def test_a_read_that_no_transport_can_carry_is_refused() -> None:
     pair = Pair()
     pair.hold(THEIRS)
-    read = ReadBlocks(HandoffId("h"), EPOCH, LAYOUT.fingerprint, 0, 0, 1, (Via.SHM,))
+    read = ReadBlocks(HandoffId("h"), EPOCH, LAYOUT.fingerprint, 0, 0, 1, (Place(Via.SHM, ""),))
     (answer,) = pair.producer.handle(b"x", read, pair.now)
     assert isinstance(answer.message, Refused) and answer.message.cause is Refusal.TRANSPORT
