@@ -40,11 +40,11 @@ INTS = st.integers(-(2**63), 2**64 - 1)
 WAYS = st.sampled_from(Via)
 VIAS = st.lists(WAYS, max_size=3).map(tuple)
 PARCELS = st.lists(INTS, max_size=3).map(tuple)
-PLACES = st.builds(Place, WAYS, st.text(max_size=40))
+PLACES = st.lists(st.builds(Place, WAYS, st.text(max_size=40)), max_size=3).map(tuple)
 MESSAGES = st.one_of(
     st.builds(Greet, INTS, VIAS),
-    st.builds(Welcome, INTS, st.lists(PLACES, max_size=3).map(tuple)),
-    st.builds(ReadBlocks, IDS, INTS, st.text(max_size=40), INTS, INTS, INTS, VIAS, PARCELS),
+    st.builds(Welcome, INTS, PLACES),
+    st.builds(ReadBlocks, IDS, INTS, st.text(max_size=40), INTS, INTS, INTS, PLACES, PARCELS),
     st.builds(
         Blocks,
         IDS,

@@ -235,6 +235,7 @@ VIEWS = st.builds(
     st.integers(0, 1000),
     st.integers(0, 5),
     st.sampled_from(["", "a", "b"]),
+    st.integers(-2, 6),
     st.sampled_from(["x", "y"]),
 )
 POOLS = st.lists(VIEWS, max_size=5, unique_by=lambda entry: entry.worker_id)
@@ -267,6 +268,7 @@ def test_every_decision_is_sound(
         decodes = {entry.worker_id: entry for entry in decode}
         prefills = {entry.worker_id: entry for entry in prefill}
         assert decodes[decision.decode_worker].num_reserved < CONFIG.decodes_per_worker
+        assert decodes[decision.decode_worker].has_memory(request.num_prompt_tokens)
         chosen = {decision.decode_worker}
         if decision.prefill_worker is not None:
             assert not request.local_only and not request.is_last_resort
