@@ -225,7 +225,9 @@ def router_of(name: str) -> str:
     """Return the address of the router itself, behind the deployment's HAProxy."""
     state = DeploymentState.read(name)
     assert state is not None and state.temp_dir is not None
-    text = (Path(state.temp_dir) / "haproxy" / "haproxy.cfg").read_text()
+    # Serve puts one into a folder per node.
+    (path,) = (Path(state.temp_dir) / "haproxy").rglob("haproxy.cfg")
+    text = path.read_text()
     found = re.findall(r"^\s*server \S+ (127\.0\.0\.1:\d+)", text, re.MULTILINE)
     assert found, text
     return f"http://{found[0]}"
