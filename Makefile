@@ -127,7 +127,7 @@ fmt: $(DEV_STAMP) ## format and apply safe lint fixes
 
 .PHONY: unit
 unit: $(DEV_STAMP) ## the unit tier: no Ray, no sockets, under 10 s
-	$(PYTEST) tests/unit -n 2 --durations=3 $(ARGS)
+	$(PYTEST) tests/unit -n 2 --dist loadfile --durations=3 $(ARGS)
 
 # What waits for processes most of the time runs beside another such file, the rest by itself.
 define other-tiers

@@ -5,8 +5,12 @@ no reason; its connector runs beside the scheduler and answers here. Nor does vL
 begins to compute a prompt: the connector does, on a line of its own.
 """
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+import zmq
 
 from cluster.messages import Holder, Offer
 from cluster.pairing import CacheLayout
@@ -15,6 +19,13 @@ from cluster.wire import Codec
 PROTOCOL_VERSION = 3
 # Behind the control endpoint: where the engine tells its news.
 NEWS_SUFFIX = "-news"
+
+
+def bind_locally(socket: Any, address: str) -> None:
+    """Listen at an abstract address. It has no owner: the kernel says whose process connects."""
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
+    socket.bind(address)
 
 
 @dataclass(frozen=True, slots=True)

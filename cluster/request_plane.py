@@ -165,7 +165,8 @@ class WorkerLink:
     time). After `timeout_s` without any
     message the link is lost: every open leg raises `WorkerLost`, and so does every new one,
     until the worker answers again. `on_change` is called when the link is lost, and when a
-    snapshot shows another worker, role or life than the one before.
+    snapshot shows another worker, role or life than the one before, `on_room` when it shows more
+    free KV blocks.
     """
 
     def __init__(
@@ -176,6 +177,7 @@ class WorkerLink:
         endpoint: str,
         timeout_s: float,
         on_change: Callable[[], None] = lambda: None,
+        on_room: Callable[[], None] = lambda: None,
     ) -> None:
         MALFORMED_FRAMES.labels("token")
         self.worker_id = worker_id
@@ -188,6 +190,7 @@ class WorkerLink:
         # Short time-outs need more than one heartbeat in them too.
         self._heartbeat_s = min(HEARTBEAT_S, timeout_s / 3)
         self._on_change = on_change
+        self._on_room = on_room
         self._heard_s = asyncio.get_running_loop().time()
         self._legs: dict[RequestId, Leg] = {}
         self._sockets = sockets
@@ -224,6 +227,7 @@ class WorkerLink:
             self.endpoint,
             self._timeout_s,
             self._on_change,
+            self._on_room,
         )
 
     @property
@@ -276,13 +280,13 @@ class WorkerLink:
 
     def _update(self, snapshot: WorkerSnapshot) -> None:
         is_changed = self.is_lost or _life(self.snapshot) != _life(snapshot)
-        if self.snapshot is not None:
-            is_changed |= snapshot.num_free_blocks > self.snapshot.num_free_blocks
-        self.snapshot = snapshot
+        known, self.snapshot = self.snapshot, snapshot
         self.snapshot_s = self._heard_s
         self.is_lost = False
         if is_changed:
             self._on_change()
+        elif known is not None and snapshot.num_free_blocks > known.num_free_blocks:
+            self._on_room()
 
     async def _heartbeat(self) -> None:
         while True:

@@ -49,6 +49,7 @@ from cluster.engine_control import (
     BlockLoad,
     DropHandoffs,
     PullFailure,
+    bind_locally,
 )
 from cluster.messages import PrefillStats, Receipt
 from cluster.metrics import MALFORMED_FRAMES
@@ -169,9 +170,7 @@ class VllmEngine:
         )
         # Not before the engine's processes, which may be forked from this one.
         self._news = zmq.asyncio.Context.instance().socket(zmq.PULL)
-        self._news.setsockopt(zmq.LINGER, 0)
-        self._news.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
-        self._news.bind(self._control_endpoint + NEWS_SUFFIX)
+        bind_locally(self._news, self._control_endpoint + NEWS_SUFFIX)
         load = await self._ask_load(AskLoad())
         return EngineFacts(
             model=self._settings.model.name,

@@ -20,15 +20,28 @@ Value = TypeVar("Value")
 logger = logging.getLogger(__name__)
 
 
+def read_parsed(path: Path, parse: Callable[[bytes], Value]) -> Value:
+    """Return what `parse` makes of a file; raise `ConfigError`, which names the file."""
+    try:
+        return parse(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
 class WatchedFile(Generic[Value]):
     """The value that `parse` makes of the file at `path`; its errors must not quote the content."""
 
     def __init__(
-        self, path: Path, parse: Callable[[bytes], Value], clock: Callable[[], float] | None = None
+        self,
+        path: Path,
+        parse: Callable[[bytes], Value],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = path
         self._parse = parse
-        self._clock = clock or time.monotonic
+        self._clock = clock
         self._looked_s = self._clock()
         self._is_failing = False
         self._stamp, self._value = self._load()
@@ -57,13 +70,10 @@ class WatchedFile(Generic[Value]):
     def _load(self) -> tuple[tuple[int, ...], Value]:
         try:
             # Before the content: a change in between is then seen the next time.
-            stamp, content = _stamp(self._path), self._path.read_bytes()
+            stamp = _stamp(self._path)
         except OSError as error:
             raise ConfigError(f"{self._path}: {error.strerror}") from None
-        try:
-            return stamp, self._parse(content)
-        except ConfigError as error:
-            raise ConfigError(f"{self._path}: {error}") from None
+        return stamp, read_parsed(self._path, self._parse)
 
 
 def _stamp(path: Path) -> tuple[int, ...]:

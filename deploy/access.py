@@ -9,7 +9,7 @@ import httpx
 
 from cluster.config import SecuritySection
 from cluster.errors import ConfigError
-from cluster.watched_file import WatchedFile
+from cluster.watched_file import read_parsed
 from deploy.private_file import read_secret
 from router.api_keys import parse_api_keys
 
@@ -64,7 +64,7 @@ def trust_in(certificate: str) -> ssl.SSLContext:
 def require_readable(section: SecuritySection) -> None:
     """Raise `ConfigError` now for what the endpoint would stumble over while it starts."""
     if section.api_keys is not None:
-        WatchedFile(Path(section.api_keys), parse_api_keys)
+        read_parsed(Path(section.api_keys), parse_api_keys)
     if section.operator_key is not None:
         read_secret(Path(section.operator_key))
     if section.tls_cert is not None and section.tls_key is not None:

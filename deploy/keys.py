@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -18,8 +18,17 @@ from pydantic import ValidationError
 from cluster.config import ClusterSection
 from cluster.errors import ConfigError
 from cluster.keyring import Keyring, parse_keyring
+from cluster.watched_file import read_parsed
 from deploy.private_file import write_private
-from router.api_keys import MAX_KEY_CHARS, ApiKey, ApiKeys, KeyRole, digest_of, parse_api_keys
+from router.api_keys import (
+    MAX_KEY_CHARS,
+    ApiKey,
+    ApiKeys,
+    KeyRole,
+    digest_of,
+    faults_of,
+    parse_api_keys,
+)
 
 _KEY_BYTES = 32
 _STEPS: dict[str, Callable[[Keyring], Keyring]] = {
@@ -30,8 +39,6 @@ _STEPS: dict[str, Callable[[Keyring], Keyring]] = {
 _HEADER = "# API keys of a Tandem endpoint, by their SHA-256; `tandem keys` edits this file.\n"
 # Shorter ones can be guessed.
 _MIN_KEY_CHARS = 20
-
-Value = TypeVar("Value")
 
 
 def add_command(commands: Any) -> None:
@@ -115,9 +122,7 @@ def run_api(_config: object, parsed: argparse.Namespace) -> int:
     try:
         ApiKey.model_validate(entry)
     except ValidationError as error:
-        faults = error.errors(include_input=False, include_url=False)
-        places = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in faults)
-        raise ConfigError("; ".join(places)) from None
+        raise ConfigError(faults_of(error)) from None
     _write(parsed.file, [*_entries(parsed.file), entry])
     if not parsed.stdin:
         print(key)
@@ -159,7 +164,7 @@ def run_rotate(_config: object, parsed: argparse.Namespace) -> int:
         return _rotate_running(ClusterSection(name=parsed.name, address=parsed.address))
     if parsed.step is None:
         raise ConfigError(f"--file takes a --step: {', '.join(_STEPS)}")
-    ring = _STEPS[parsed.step](_read_file(parsed.file, parse_keyring))
+    ring = _STEPS[parsed.step](read_parsed(parsed.file, parse_keyring))
     write_private(parsed.file, ring.as_text())
     first, *others = ring.names
     also = f", and accepts {' '.join(others)} too" if others else ""
@@ -186,16 +191,7 @@ def _given_key() -> str:
 
 
 def _read(path: Path) -> ApiKeys:
-    return _read_file(path, parse_api_keys)
-
-
-def _read_file(path: Path, parse: Callable[[bytes], Value]) -> Value:
-    try:
-        return parse(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from None
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    return read_parsed(path, parse_api_keys)
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:

@@ -4,7 +4,6 @@ Runs in the `EngineCore` process. Everything but the control socket runs on the 
 thread.
 """
 
-import os
 import threading
 import time
 from collections import deque
@@ -31,6 +30,7 @@ from cluster.engine_control import (
     BlockLoad,
     DropHandoffs,
     PullFailure,
+    bind_locally,
 )
 from cluster.messages import Holder, Offer, Receipt
 from cluster.names import HandoffId
@@ -296,11 +296,8 @@ class SchedulerHalf:
 
     def _serve_control(self) -> None:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REP)
-        socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.RCVTIMEO, 500)
-        # Abstract sockets have no owner: the kernel says whose process connects.
-        socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
-        socket.bind(self._settings.control_endpoint)
+        bind_locally(socket, self._settings.control_endpoint)
         while not self._is_closing:
             try:
                 request = CODEC.decode(socket.recv())

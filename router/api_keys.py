@@ -88,9 +88,13 @@ def parse_api_keys(content: bytes) -> ApiKeys:
     try:
         return ApiKeys(_Document.model_validate(document).keys)
     except ValidationError as error:
-        faults = error.errors(include_input=False, include_url=False)
-        places = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in faults)
-        raise ConfigError("; ".join(places)) from None
+        raise ConfigError(faults_of(error)) from None
+
+
+def faults_of(error: ValidationError) -> str:
+    """Return what is wrong and where, without the values: they may be keys."""
+    faults = error.errors(include_input=False, include_url=False)
+    return "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in faults)
 
 
 def presented_key(headers: Iterable[tuple[bytes, bytes]]) -> str | None:

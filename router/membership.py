@@ -163,7 +163,8 @@ class Membership:
             entry.worker_id,
             entry.endpoint,
             self._timeout_s,
-            self._notify,
+            on_change=self._notify,
+            on_room=self._notify,
         )
         self._members[entry.worker_id] = _Member(entry, link)
         return known

@@ -11,6 +11,7 @@ from random import Random
 
 from cluster.config import RouterSection
 from cluster.names import WorkerId
+from kv_transfer.layout import num_blocks_for
 
 RETRY_AFTER_S = 1.0
 
@@ -117,7 +118,7 @@ Decision = Placed | Queued | RejectedPlacement
 
 def num_blocks_of(num_prompt_tokens: int, block_size: int) -> int:
     """Return the blocks of a prompt and of the token after it."""
-    return num_prompt_tokens // block_size + 1
+    return num_blocks_for(num_prompt_tokens + 1, block_size)
 
 
 def choose_placement(

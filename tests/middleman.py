@@ -4,6 +4,7 @@ import contextlib
 import selectors
 import socket
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -19,22 +20,20 @@ def pass_bytes(data: bytes, _is_answer: bool) -> bytes | None:
     return data
 
 
-class ByteMiddleman:
-    """Forwards TCP connections to `port`; `change` sees every piece that was read.
+class _Middleman(ABC):
+    """Forwards on a thread of its own, from the beginning of the block to its end."""
 
-    None from `change` cuts the connection.
-    """
-
-    def __init__(self, port: int, change: Bytes = pass_bytes) -> None:
-        self.change = change
-        self._target = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.port: int = self._listener.getsockname()[1]
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ)
-        self._peers: dict[socket.socket, tuple[socket.socket, bool]] = {}
+    def __init__(self) -> None:
         self._is_closing = False
         self._thread = threading.Thread(target=self._run, daemon=True)
+
+    @abstractmethod
+    def _run(self) -> None:
+        """Forward until `_is_closing`."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Let go of what is left when the thread has ended."""
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -48,6 +47,26 @@ class ByteMiddleman:
     ) -> None:
         self._is_closing = True
         self._thread.join(5)
+        self._close()
+
+
+class ByteMiddleman(_Middleman):
+    """Forwards TCP connections to `port`; `change` sees every piece that was read.
+
+    None from `change` cuts the connection.
+    """
+
+    def __init__(self, port: int, change: Bytes = pass_bytes) -> None:
+        super().__init__()
+        self.change = change
+        self._target = port
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._peers: dict[socket.socket, tuple[socket.socket, bool]] = {}
+
+    def _close(self) -> None:
         for each in [*self._peers, self._listener]:
             each.close()
         self._selector.close()
@@ -85,10 +104,11 @@ class ByteMiddleman:
                 each.close()
 
 
-class FrameMiddleman:
+class FrameMiddleman(_Middleman):
     """Forwards ZeroMQ messages without keys, each peer over a connection of its own."""
 
     def __init__(self, endpoint: str, change: Frames) -> None:
+        super().__init__()
         self.change = change
         self._target = endpoint
         self._context: zmq.Context[Any] = zmq.Context()
@@ -96,21 +116,8 @@ class FrameMiddleman:
         self._front.setsockopt(zmq.LINGER, 0)
         self.endpoint = f"tcp://127.0.0.1:{self._front.bind_to_random_port('tcp://127.0.0.1')}"
         self._backs: dict[bytes, Any] = {}
-        self._is_closing = False
-        self._thread = threading.Thread(target=self._run, daemon=True)
 
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._is_closing = True
-        self._thread.join(5)
+    def _close(self) -> None:
         self._context.term()
 
     def _run(self) -> None:

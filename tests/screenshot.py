@@ -21,7 +21,7 @@ from tests.served import Served, tandem, wait_until
 
 CHROMIUM = "/usr/bin/chromium"
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-MAX_BYTES = 300_000
+MAX_BYTES = 400_000
 PROMPT_TOKENS, OUTPUT_TOKENS = 600, 40
 DEPLOYMENT: dict[str, Any] = {
     "model__engine": "simulated",

@@ -25,7 +25,7 @@ from deploy import haproxy
 from deploy.ports import free_port
 from deploy.state import DeploymentState
 from tests.benchmarks.sections import table, write_section
-from tests.served import Served, start, stop, tandem_command
+from tests.served import Served, start, stop, tandem_command, wait_until
 
 NAME = "bench-loadtest"
 CLIENT_CORE, SERVER_CORE = 0, 1
@@ -225,16 +225,21 @@ def router_of(name: str) -> str:
     """Return the address of the router itself, behind the deployment's HAProxy."""
     state = DeploymentState.read(name)
     assert state is not None and state.temp_dir is not None
-    # Serve puts one into a folder per node.
-    (path,) = (Path(state.temp_dir) / "haproxy").rglob("haproxy.cfg")
-    text = path.read_text()
-    found = re.findall(r"^\s*server \S+ (127\.0\.0\.1:\d+)", text, re.MULTILINE)
-    assert found, text
-    return f"http://{found[0]}"
+    folder = Path(state.temp_dir) / "haproxy"
+
+    def replicas() -> list[str]:
+        # Serve keeps one configuration per node, and at first it names only a fallback.
+        (path,) = folder.rglob("haproxy.cfg")
+        return re.findall(r"^\s*server SERVE_REPLICA\S* (\S+)", path.read_text(), re.MULTILINE)
+
+    (address,) = wait_until(lambda: replicas() or None, 30.0, "HAProxy knows the router")
+    return f"http://{address}"
 
 
 def sustained(url: str, probe_s: float) -> list[object]:
     """Return the highest rate with which 90 % of requests meet the objectives, and its tokens."""
+    # What has just started is slow once, and a search does not come back to a rate it gave up.
+    loadtest(url, "--workload", f"poisson:rate=20,input=64,output={OUTPUT_TOKENS},duration=5")
     shape = f"poisson:rate=20,input=64,output={OUTPUT_TOKENS}"
     search = ("--find-goodput", "--start-rate", "20", "--probe", str(probe_s), "--precision", "0.1")
     document, _ = loadtest(url, "--workload", shape, *search, *OBJECTIVES)
