@@ -14,7 +14,7 @@ from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId
 from cluster.sockets import plain_address
 from cluster.stages import StageClock
-from kv_transfer.blocks import BlockStore, Memory, host_bytes
+from kv_transfer.blocks import BlockStore, Content, host_bytes
 from kv_transfer.handoff import ConsumerHandoff, ConsumerState
 from kv_transfer.layout import GroupLayout, Read, plan_reads
 from kv_transfer.protocol import (
@@ -32,7 +32,7 @@ from kv_transfer.transport import Payload
 if TYPE_CHECKING:
     from kv_transfer.recut import Recut
 
-Damage = Callable[[Read, Memory], Memory]
+Damage = Callable[[Read, Content], Content]
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,12 @@ class Consumer:
             self.counts["chunks_damaged"] += 1
             yield from self._fail(active, damage or "no payload")
             return
-        self._scatter(active, read, content)
+        try:
+            self._scatter(active, read, content)
+        except OSError as error:
+            self.counts["chunks_damaged"] += 1
+            yield from self._fail(active, f"blocks could not be read: {error}")
+            return
         self._scattering.add(time.perf_counter() - verified_s)
         if not payload.is_intact():
             self.counts["chunks_overtaken"] += 1
@@ -262,7 +267,7 @@ class Consumer:
         )
         yield from self._proceed(arrived, asks)
 
-    def _scatter(self, active: _Active, read: Read, content: Memory) -> None:
+    def _scatter(self, active: _Active, read: Read, content: Content) -> None:
         positions = slice(read.first_block, read.first_block + read.num_blocks)
         if active.recut is not None:
             positions = active.recut.place(read)
@@ -279,14 +284,14 @@ class Consumer:
         return fresh
 
     def _damage(
-        self, active: _Active, read: Read, message: Blocks, payload: "Memory | None"
+        self, active: _Active, read: Read, message: Blocks, payload: "Content | None"
     ) -> str | None:
         theirs = active.recut.theirs if active.recut else self._store.layout.groups[read.group]
         wanted = theirs.block_bytes * read.num_blocks
         found = 0 if payload is None else payload.nbytes
         if payload is None or found != wanted or message.payload_bytes != wanted:
             return f"payload of {found} bytes, wanted {wanted}"
-        if not self._is_checksummed:
+        if not self._is_checksummed or message.via.is_in_place:
             return None
         if message.checksum is None:
             return f"no checksum with blocks {read.first_block}+{read.num_blocks}"

@@ -147,8 +147,10 @@ def start_stacks(
     stack.callback(keys.close)
     kinds: dict[str, tuple[str, list[str], dict[str, str]]] = {
         **{name: ("raw", [number], {}) for name, number in RAW.items()},
+        "cma": ("tandem", ["cma", settings], {}),
         "shm": ("tandem", ["shm", settings], {}),
         "tcp": ("tandem", ["tcp", settings], {}),
+        "cma+CURVE": ("tandem", ["cma", settings, keys.path], {}),
         "shm+CURVE": ("tandem", ["shm", settings, keys.path], {}),
         "tcp+CURVE": ("tandem", ["tcp", settings, keys.path], {}),
     }
@@ -231,7 +233,7 @@ def measure_empty(stack: Stack) -> tuple[float, float]:
 
 
 def _is_ours(name: str) -> bool:
-    return name.startswith(("shm", "tcp"))
+    return name.startswith(("cma", "shm", "tcp"))
 
 
 @dataclass(frozen=True)

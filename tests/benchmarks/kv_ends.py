@@ -170,7 +170,7 @@ class Tandem:
         began, began_at = time.perf_counter(), time.monotonic()
         self._port.pull(pull)
         while not (ended := self._port.take_pulls()):
-            time.sleep(20e-6)
+            self._port.wait(1.0)
         seconds = time.perf_counter() - began
         assert ended[0].failure is None, ended[0].failure
         assert ended[0].receipt.received_bytes == megabytes * MB

@@ -51,7 +51,8 @@ def test_checksums_of_a_gpu_are_those_of_the_host() -> None:
 @pytest.mark.parametrize(
     ("device", "named", "found"),
     [
-        (None, ("gloo", "nccl", "shm", "tcp"), ["shm", "tcp"]),
+        (None, ("gloo", "nccl", "cma", "tcp"), ["cma", "tcp"]),
+        ("cpu", ("cma", "shm"), ["shm"]),
         ("cpu", ("nccl", "gloo", "shm"), ["gloo", "shm"]),
         pytest.param("cuda:0", ("gloo", "nccl", "tcp"), ["nccl", "tcp"], marks=one_gpu),
     ],
