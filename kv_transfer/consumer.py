@@ -32,6 +32,9 @@ from kv_transfer.transport import Payload
 if TYPE_CHECKING:
     from kv_transfer.recut import Recut
 
+# Of one read where nothing is copied out for it: beyond that its message costs nothing.
+_IN_PLACE_BYTES = 32 << 20
+
 Damage = Callable[[Read, Content], Content]
 
 
@@ -105,6 +108,8 @@ class Consumer:
     ) -> None:
         self.results: list[EndedPull] = []
         self.counts: Counter[str] = Counter()
+        largest_block = max(group.block_bytes for group in store.layout.groups)
+        self._most_in_place = max(1, _IN_PLACE_BYTES // largest_block)
         self._waiting = StageClock(self.counts, "wait")
         self._pulling = StageClock(self.counts, "pull")
         self._verifying = StageClock(self.counts, "verify")
@@ -250,7 +255,11 @@ class Consumer:
             return
         self.counts["bytes_received"] += content.nbytes
         self.counts[f"via_{message.via.value}"] += content.nbytes
-        handoff, asks = active.handoff.receive(read)
+        handoff = active.handoff
+        if message.via.is_in_place:
+            # All of it is there, and no memory is between: messages are what a chunk costs.
+            handoff = handoff.merge(self._most_in_place)
+        handoff, asks = handoff.receive(read)
         arrived = replace(
             active,
             handoff=handoff,
