@@ -289,7 +289,8 @@ def report(
         f" (limit 0.5 ms p50: {verdict}).\n\n`cma`, `shm` and `tcp` are whole hand-offs between two"
         f" processes: scattered blocks of 16 x 64 KiB gathered, checksummed, moved, checked,"
         " scattered; by `cma` copied once by the kernel, not checksummed. memcpy, raw sockets (4 MB"
-        " calls) and peers move one contiguous piece of warm memory of that size; theirs are reads by the receiving side. Medians of"
+        " calls) and peers move one contiguous piece of warm memory of that size; theirs are reads"
+        " by the receiving side. Medians of"
         f" interleaved rounds.{absent}"
     )
 

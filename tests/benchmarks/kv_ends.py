@@ -6,7 +6,6 @@ ends hold `megabytes` of memory, offer the first n of them, and fetch n from an 
 
 import argparse
 import base64
-import ctypes
 import hashlib
 import importlib
 import json
@@ -25,7 +24,6 @@ MB = 1 << 20
 LAYERS, LAYER_BLOCK_BYTES = 16, 64 << 10
 RAW_CALL_BYTES = 4 * MB
 RAW_BUFFER_BYTES = 8 * MB
-_PR_SET_TIMERSLACK = 29
 
 
 class End(Protocol):
@@ -272,8 +270,6 @@ def main() -> None:
     # What a library prints must not get between the answers.
     answers = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stdout = sys.stderr
-    # A poll of 20 us is to last about that long, not 70.
-    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
     end = ENDS[arguments.kind](arguments.seed, arguments.megabytes, *arguments.options)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:
