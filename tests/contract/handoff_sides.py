@@ -37,13 +37,13 @@ STALL_S = 1.0
 SECTION = HandoffSection(
     chunk_bytes=5 * BLOCK_BYTES, stall_timeout_s=10, lease_s=20, reads_in_flight=3
 )
-KINDS = ("inproc", "shm", "tcp", "gloo")
-ACROSS = ("shm", "tcp", "gloo")
+KINDS = ("inproc", "shm", "tcp", "gloo", "cuda_ipc")
+ACROSS = ("shm", "tcp", "gloo", "cuda_ipc")
 
 
 def device_for(kinds: Iterable[str]) -> str | None:
     """Return where blocks are that go these ways: in arrays, or on the device of tensors."""
-    return "cpu" if "gloo" in kinds else None
+    return "cpu" if {"gloo", "cuda_ipc"}.intersection(kinds) else None
 
 
 def store_of(seed: int, device: str | None = None) -> BlockStore:
@@ -125,6 +125,12 @@ def one_transport(kind: str, section: HandoffSection, seed: int, places: Places)
     shape = arena_shape(section, store)
     if kind == "inproc":
         return InprocTransport(shape, places)
+    if kind == "cuda_ipc":
+        # Each has a GPU of its own, and these are none.
+        from kv_transfer.cuda_ipc import CudaIpcTransport
+        from tests.contract.host_device import HostDevice
+
+        return CudaIpcTransport(shape, HostDevice(f"GPU-{seed}"))
     named = section.model_copy(update={"transports": (kind,)})
     return transports_of(named, shape, store)[Via(kind)]
 

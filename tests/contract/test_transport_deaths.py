@@ -10,12 +10,22 @@ from typing import Any
 
 import pytest
 
-from tests.contract.handoff_sides import ACROSS, SECTION, STALL_S, Open, Side, content, store_of
+from kv_transfer.protocol import Via
+from tests.contract.handoff_sides import (
+    ACROSS,
+    SECTION,
+    STALL_S,
+    Open,
+    Side,
+    content,
+    one_transport,
+    store_of,
+)
 from tests.waiting import wait_for
 
 
 def _produce(kind: str, pipe: "Connection[Any, Any]") -> None:
-    side = Side(SECTION.model_copy(update={"transports": (kind,)}), 77)
+    side = Side(SECTION, 77, {Via(kind): one_transport(kind, SECTION, 77, {})})
     pipe.send(side.hold("h", range(1, 400)))
     if pipe.recv() == "slowly":
         # Deaf from here on: the consumer sits in the middle of the hand-off.
@@ -55,7 +65,7 @@ def _produce_and_stop_sending(timeout_s: float, pipe: "Connection[Any, Any]") ->
 
 
 def _consume(kind: str, pipe: "Connection[Any, Any]") -> None:
-    side = Side(SECTION.model_copy(update={"transports": (kind,)}), 78)
+    side = Side(SECTION, 78, {Via(kind): one_transport(kind, SECTION, 78, {})})
     blocked = threading.Event()
 
     def stop(group: int, block_ids: Sequence[int], payload: memoryview) -> None:
