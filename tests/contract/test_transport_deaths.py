@@ -1,10 +1,9 @@
 """What the transports between two processes promise, and what when one of them is killed."""
 
-import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -21,6 +20,7 @@ from tests.contract.handoff_sides import (
     one_transport,
     store_of,
 )
+from tests.contract.other_process import heard
 from tests.waiting import wait_for
 
 
@@ -76,33 +76,6 @@ def _consume(kind: str, pipe: "Connection[Any, Any]") -> None:
     pipe.send("up")
     side.pull(pipe.recv(), range(1, 400))
     signal.pause()
-
-
-def heard(pipe: "Connection[Any, Any]") -> Any:
-    assert pipe.poll(30), "the other process says nothing"
-    return pipe.recv()
-
-
-@pytest.fixture
-def other() -> Iterator[Callable[..., tuple[multiprocessing.Process, "Connection[Any, Any]"]]]:
-    """Run a function in a process of its own, with a pipe; killed afterwards."""
-    context = multiprocessing.get_context("spawn")
-    started: list[tuple[Any, Any]] = []
-
-    def start(target: Callable[..., None], *arguments: object) -> tuple[Any, Any]:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=target, args=(*arguments, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        started.append((process, ours))
-        return process, ours
-
-    yield start
-    for process, pipe in started:
-        process.kill()
-        process.join()
-        process.close()
-        pipe.close()
 
 
 @pytest.mark.parametrize("kind", ACROSS)
