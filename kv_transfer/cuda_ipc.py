@@ -70,11 +70,13 @@ class CudaDevice:
         return self._tensor(pointer, num_bytes), handle
 
     def reaches(self, uuid: str) -> bool:
+        if uuid == self.uuid:
+            return True
         for number in range(torch.cuda.device_count()):
             other = torch.device("cuda", number)
             if _uuid(other) == uuid:
                 is_peer: bool = torch.cuda.can_device_access_peer(self._device, other)
-                return uuid == self.uuid or is_peer
+                return is_peer
         # One that this process is not shown may be read all the same: `map` will tell.
         return True
 
@@ -160,6 +162,7 @@ class CudaIpcTransport:
         if header is None or shape is None or not self._device.reaches(found.uuid):
             return None
         try:
+            # How much there is, only its owner can say.
             slots = self._device.map(found.handle, shape.slots_bytes)
         except OSError as error:
             # As in the process that it belongs to, or where a container keeps them apart.
