@@ -110,14 +110,17 @@ class HandoffSection(Section):
     chunk_bytes: Count = Field(4 << 20, description="payload bytes per message, about")
     reads_in_flight: Count = Field(4, description="chunks a consumer asks for ahead")
     transports: Annotated[
-        tuple[Literal["cma", "shm", "tcp", "gloo", "nccl"], ...], BeforeValidator(_names)
+        tuple[Literal["cma", "shm", "tcp", "gloo", "cuda_ipc", "nccl"], ...],
+        BeforeValidator(_names),
     ] = Field(
         ("cma", "shm", "tcp"),
         min_length=1,
         description="ways payloads may go, preferred first (A,B)",
     )
     arena_mib: Count = Field(
-        32, description="memory per engine process for `shm` and `nccl`, taken at first contact"
+        32,
+        description="memory per engine process for each of `shm`, `cuda_ipc` and `nccl`, taken at"
+        " first contact",
     )
     tcp_connections: Count = Field(2, description="connections a pair spreads its payloads over")
     checksum: bool = Field(True, description="checksum every chunk (xxh3-64)")

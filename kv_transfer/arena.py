@@ -1,9 +1,9 @@
 """Equal slots in one piece of memory that producer and consumers see: who may write which.
 
 Layout: a page of header - magic, token, bytes per slot, number of slots, then the *serial* of
-what is in each slot - half a page, and the slots. A serial is never used twice and changes
-before a slot is written again, so a reader that finds it unchanged after reading has read what
-was announced.
+what is in each slot - half a page, and the slots, unless they lie in a device's memory. A serial
+is never used twice and changes before a slot is written again, so a reader that finds it
+unchanged after reading has read what was announced.
 """
 
 import random
@@ -11,6 +11,7 @@ import struct
 from contextlib import suppress
 from dataclasses import dataclass
 
+from kv_transfer.blocks import Memory
 from kv_transfer.protocol import Blocks
 from kv_transfer.transport import Payload, Stage
 
@@ -40,25 +41,47 @@ class ArenaShape:
         slot_bytes = -(-chunk_bytes // PAGE_BYTES) * PAGE_BYTES
         return cls(slot_bytes, min(MAX_SLOTS, max(2, arena_bytes // slot_bytes)))
 
+    @classmethod
+    def found_in(cls, memory: memoryview, token: bytes) -> "ArenaShape | None":
+        """Return how the arena that `token` names is cut, None if this is not its header."""
+        if len(memory) < PAGE_BYTES:
+            return None
+        magic, found, slot_bytes, num_slots = _HEADER.unpack_from(memory)
+        is_arena = (magic, found) == (_MAGIC, token) and 0 < num_slots <= MAX_SLOTS
+        return cls(slot_bytes, num_slots) if is_arena else None
+
+    @property
+    def slots_bytes(self) -> int:
+        return self.slot_bytes * self.num_slots
+
     @property
     def total_bytes(self) -> int:
-        return 2 * PAGE_BYTES + self.slot_bytes * self.num_slots
+        return 2 * PAGE_BYTES + self.slots_bytes
 
     def slot_at(self, parcel: int) -> int:
-        """Return where the slot of a parcel begins."""
-        return _SLOTS_AT + parcel % self.num_slots * self.slot_bytes
+        """Return where the slot of a parcel begins among the slots."""
+        return parcel % self.num_slots * self.slot_bytes
 
 
 class Arena:
-    """The producer's view: hands out slots, the one used last first, as it is still cached."""
+    """The producer's view: hands out slots, the one used last first, as it is still cached.
+
+    They are behind the header in `memory`, if not `slots`.
+    """
 
     def __init__(
-        self, memory: memoryview, shape: ArenaShape, token: bytes, rng: random.Random
+        self,
+        memory: memoryview,
+        shape: ArenaShape,
+        token: bytes,
+        rng: random.Random,
+        slots: "Memory | None" = None,
     ) -> None:
-        self._memory = memory
+        self._header = memory[:PAGE_BYTES]
+        self._slots = memory[_SLOTS_AT:] if slots is None else slots
         self._shape = shape
         self._free = list(range(shape.num_slots))
-        self._staged: dict[int, memoryview] = {}
+        self._staged: dict[int, Memory] = {}
         # Another arena at this address, of another life, must not have the same serials.
         self._serial = rng.getrandbits(48)
         _HEADER.pack_into(memory, 0, _MAGIC, token, shape.slot_bytes, shape.num_slots)
@@ -75,7 +98,7 @@ class Arena:
         parcel = self._serial * self._shape.num_slots + slot
         self._mark(slot, self._serial)
         start = self._shape.slot_at(parcel)
-        buffer = self._staged[parcel] = self._memory[start : start + num_bytes]
+        buffer = self._staged[parcel] = self._slots[start : start + num_bytes]
         return Stage(parcel, buffer)
 
     def free(self, parcel: int) -> None:
@@ -92,35 +115,35 @@ class Arena:
         for buffer in self._staged.values():
             _release(buffer)
         self._staged.clear()
-        self._memory = memoryview(b"")
+        self._header = self._slots = memoryview(b"")
 
     def _mark(self, slot: int, serial: int) -> None:
-        _SERIAL.pack_into(self._memory, _SERIALS_AT + slot * _SERIAL.size, serial)
+        _SERIAL.pack_into(self._header, _SERIALS_AT + slot * _SERIAL.size, serial)
 
 
-def _release(buffer: memoryview) -> None:
+def _release(buffer: Memory) -> None:
     """Make late writes an error, and see that a kept reference keeps no memory."""
     # A copy that broke in the middle may still have a view of its own.
-    with suppress(BufferError):
-        buffer.release()
+    if isinstance(buffer, memoryview):
+        with suppress(BufferError):
+            buffer.release()
 
 
 class ArenaInlet:
     """A consumer's view of somebody's arena; trusts nothing that is written there."""
 
-    def __init__(self, memory: memoryview, shape: ArenaShape) -> None:
-        self._memory = memory
+    def __init__(self, header: memoryview, slots: Memory, shape: ArenaShape) -> None:
+        self._header = header
+        self._slots = slots
         self._shape = shape
 
     @classmethod
     def over(cls, memory: memoryview, token: bytes) -> "ArenaInlet | None":
         """Return a view if `memory` is the arena that `token` names, whole."""
-        if len(memory) < PAGE_BYTES:
+        shape = ArenaShape.found_in(memory, token)
+        if shape is None or shape.total_bytes != len(memory):
             return None
-        magic, found, slot_bytes, num_slots = _HEADER.unpack_from(memory)
-        shape = ArenaShape(slot_bytes, num_slots)
-        is_whole = 0 < num_slots <= MAX_SLOTS and shape.total_bytes == len(memory)
-        return cls(memory, shape) if (magic, found) == (_MAGIC, token) and is_whole else None
+        return cls(memory[:PAGE_BYTES], memory[_SLOTS_AT:], shape)
 
     def door(self) -> str:
         return ""
@@ -130,17 +153,17 @@ class ArenaInlet:
         if frame is not None or not 0 < num_bytes <= self._shape.slot_bytes:
             return None
         start = self._shape.slot_at(parcel)
-        content = self._memory[start : start + num_bytes]
+        content = self._slots[start : start + num_bytes]
         return Payload(content, lambda: self._holds(parcel)) if self._holds(parcel) else None
 
     def close(self) -> None:
         # The mapping goes with its last view: one may be open in the consumer's hands.
-        self._memory = memoryview(b"")
+        self._header = self._slots = memoryview(b"")
 
     def _holds(self, parcel: int) -> bool:
-        if not self._memory:
+        if not self._header:
             return False
         serial, slot = divmod(parcel, self._shape.num_slots)
-        (found,) = _SERIAL.unpack_from(self._memory, _SERIALS_AT + slot * _SERIAL.size)
+        (found,) = _SERIAL.unpack_from(self._header, _SERIALS_AT + slot * _SERIAL.size)
         # A free slot is marked 0, and no parcel has that serial.
         return bool(found == serial > 0)

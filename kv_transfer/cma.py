@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kv_transfer.blocks import Region, Regions
 from kv_transfer.layout import BlockLayout
 from kv_transfer.protocol import Blocks, Via
-from kv_transfer.shm import boot_id
+from kv_transfer.segments import boot_id
 from kv_transfer.transport import Payload, Stage
 
 Words = NDArray[np.uint64]

@@ -11,7 +11,7 @@ blocks that are not computed yet is answered when they are.
 3. blocks leave while the prompt is computed: `Filling`; `Blocks` say for how long it has been
    complete and bring the first token.
 4. reads name, with each way, where its reader is found: some ways make the producer connect.
-5. `Blocks` name blocks that their reader copies from where they are.
+5. `cuda_ipc`; `cma`: `Blocks` name blocks that their reader copies from where they are.
 """
 
 import enum
@@ -45,6 +45,7 @@ class Via(enum.StrEnum):
     CMA = "cma"
     SHM = "shm"
     TCP = "tcp"
+    CUDA_IPC = "cuda_ipc"
     GLOO = "gloo"
     NCCL = "nccl"
 

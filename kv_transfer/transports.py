@@ -19,7 +19,7 @@ def arena_shape(section: HandoffSection, store: BlockStore) -> ArenaShape:
 
 
 # The device that blocks must be on; the other ways take them from anywhere, through the host.
-_DEVICES = {Via.GLOO: "cpu", Via.NCCL: "cuda"}
+_DEVICES = {Via.GLOO: "cpu", Via.CUDA_IPC: "cuda", Via.NCCL: "cuda"}
 
 
 def transports_of(
@@ -34,6 +34,7 @@ def transports_of(
         Via.SHM: lambda: ShmTransport(shape),
         Via.TCP: lambda: TcpTransport(shape.num_slots),
         Via.GLOO: lambda: _over_gloo(section, shape),
+        Via.CUDA_IPC: lambda: _over_cuda_ipc(shape, store),
         Via.NCCL: lambda: _over_nccl(section, shape, store),
     }
     vias = [Via(name) for name in section.transports]
@@ -66,6 +67,12 @@ def _over_gloo(section: HandoffSection, shape: ArenaShape) -> Transport:
     from kv_transfer.gloo import GlooBackend
 
     return ChannelTransport(GlooBackend(section.bind_host, section.stall_timeout_s), shape)
+
+
+def _over_cuda_ipc(shape: ArenaShape, store: BlockStore) -> Transport:
+    from kv_transfer.cuda_ipc import CudaDevice, CudaIpcTransport
+
+    return CudaIpcTransport(shape, CudaDevice(str(store.device)))
 
 
 def _over_nccl(section: HandoffSection, shape: ArenaShape, store: BlockStore) -> Transport:

@@ -15,9 +15,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from kv_transfer.blocks import BlockStore
 
 MB = 1 << 20
 # Blocks as a small model has them: per layer 64 KiB, scattered over the pool.
@@ -111,17 +114,12 @@ class RawSockets(Flat):
                 connection.sendall(view[offset : min(offset + RAW_CALL_BYTES, start + size)])
 
 
-class Tandem:
-    """A hand-off port over scattered blocks, as the connector has it."""
+class ScatteredBlocks:
+    """At least so many megabytes of an engine's blocks, in arrays or on a device."""
 
-    def __init__(
-        self, seed: int, megabytes: int, transport: str, settings: str, keys: str = ""
-    ) -> None:
-        from cluster.config import HandoffSection
-        from cluster.ring_file import key_source
+    def __init__(self, seed: int, megabytes: int, device: str = "") -> None:
         from kv_transfer.array_blocks import ArrayBlockStore
         from kv_transfer.layout import BlockLayout, GroupLayout
-        from kv_transfer.port import HandoffPort
 
         num_blocks = megabytes * MB // (LAYERS * LAYER_BLOCK_BYTES) + 8
         layout = BlockLayout((GroupLayout(128, (LAYER_BLOCK_BYTES,) * LAYERS),), {"model": "bench"})
@@ -129,16 +127,43 @@ class Tandem:
             _filled(seed * 1000 + layer, num_blocks * LAYER_BLOCK_BYTES).reshape(num_blocks, -1)
             for layer in range(LAYERS)
         ]
-        self._store = ArrayBlockStore(layout, [regions])
-        section = HandoffSection(**{"transports": transport, **json.loads(settings)})
-        self._port = HandoffPort(self._store, section, seed, keys=key_source(keys or None))
-        self._epoch, self._fingerprint = seed, layout.fingerprint
+        self.store: BlockStore = ArrayBlockStore(layout, [regions])
+        if device:
+            import torch
+
+            from kv_transfer.tensor_blocks import TensorBlockStore
+
+            tensors = [torch.from_numpy(region).to(device) for region in regions]
+            self.store = TensorBlockStore(layout, [tensors])
         self._ids = list(range(1, num_blocks))
         random.Random(seed).shuffle(self._ids)
-        self._num_offers = 0
 
-    def _blocks(self, megabytes: int) -> tuple[int, ...]:
+    def ids(self, megabytes: int) -> tuple[int, ...]:
+        """Return which of them, in a random order, are so many megabytes."""
         return tuple(self._ids[: megabytes * MB // (LAYERS * LAYER_BLOCK_BYTES)])
+
+
+class Tandem:
+    """A hand-off port over scattered blocks, as the connector has it."""
+
+    def __init__(
+        self,
+        seed: int,
+        megabytes: int,
+        transport: str,
+        settings: str,
+        keys: str = "",
+        device: str = "",
+    ) -> None:
+        from cluster.config import HandoffSection
+        from cluster.ring_file import key_source
+        from kv_transfer.port import HandoffPort
+
+        self._blocks = ScatteredBlocks(seed, megabytes, device)
+        section = HandoffSection(**{"transports": transport, **json.loads(settings)})
+        self._port = HandoffPort(self._blocks.store, section, seed, keys=key_source(keys or None))
+        self._epoch, self._fingerprint = seed, self._blocks.store.layout.fingerprint
+        self._num_offers = 0
 
     def offer(self, megabytes: int) -> dict[str, Any]:
         from cluster.names import HandoffId
@@ -147,7 +172,7 @@ class Tandem:
         self._num_offers += 1
         name = f"handoff-{self._num_offers}"
         # An empty hand-off holds a block that the consumer finds in its own cache.
-        self._port.hold(Hold(HandoffId(name), name, (self._blocks(max(1, megabytes)),)))
+        self._port.hold(Hold(HandoffId(name), name, (self._blocks.ids(max(1, megabytes)),)))
         return {
             "handoff_id": name,
             "worker_id": "bench",
@@ -163,7 +188,7 @@ class Tandem:
         from cluster.messages import Offer
         from kv_transfer.consumer import Pull
 
-        blocks = self._blocks(max(1, megabytes))
+        blocks = self._blocks.ids(max(1, megabytes))
         pull = Pull(ticket["handoff_id"], Offer(**ticket), (blocks,), (0 if megabytes else 1,))
         began, began_at = time.perf_counter(), time.monotonic()
         self._port.pull(pull)
@@ -181,9 +206,9 @@ class Tandem:
         return {"at": time.monotonic()}
 
     def digest(self, megabytes: int) -> str:
-        blocks = self._blocks(megabytes)
+        blocks = self._blocks.ids(megabytes)
         content = bytearray(megabytes * MB)
-        self._store.gather(0, blocks, memoryview(content))
+        self._blocks.store.gather(0, blocks, memoryview(content))
         return hashlib.sha256(content).hexdigest()
 
 

@@ -37,15 +37,15 @@ STALL_S = 1.0
 SECTION = HandoffSection(
     chunk_bytes=5 * BLOCK_BYTES, stall_timeout_s=10, lease_s=20, reads_in_flight=3
 )
-KINDS = ("inproc", "cma", "shm", "tcp", "gloo")
-ACROSS = ("cma", "shm", "tcp", "gloo")
+KINDS = ("inproc", "cma", "shm", "tcp", "gloo", "cuda_ipc")
+ACROSS = ("cma", "shm", "tcp", "gloo", "cuda_ipc")
 # Those whose producer copies blocks out before it announces them.
-COPIED_OUT = ("inproc", "shm", "tcp", "gloo")
+COPIED_OUT = ("inproc", "shm", "tcp", "gloo", "cuda_ipc")
 
 
 def device_for(kinds: Iterable[str]) -> str | None:
     """Return where blocks are that go these ways: in arrays, or on the device of tensors."""
-    return "cpu" if "gloo" in kinds else None
+    return "cpu" if {"gloo", "cuda_ipc"}.intersection(kinds) else None
 
 
 def store_of(seed: int, device: str | None = None) -> BlockStore:
@@ -123,14 +123,32 @@ class Side:
         return check
 
 
-def one_transport(
-    kind: str, section: HandoffSection, store: BlockStore, places: Places
-) -> Transport:
+def _transport(kind: str, section: HandoffSection, store: BlockStore, places: Places) -> Transport:
     shape = arena_shape(section, store)
     if kind == "inproc":
         return InprocTransport(shape, places)
+    if kind == "cuda_ipc":
+        # Each has a GPU of its own, and these are none.
+        from kv_transfer.cuda_ipc import CudaIpcTransport
+        from tests.contract.host_device import HostDevice
+
+        return CudaIpcTransport(shape, HostDevice(f"GPU-{os.urandom(4).hex()}"))
     named = section.model_copy(update={"transports": (kind,)})
     return transports_of(named, shape, store)[Via(kind)]
+
+
+def side_over(
+    kinds: Iterable[str],
+    section: HandoffSection,
+    seed: int,
+    places: Places | None = None,
+    epoch: int = EPOCH,
+) -> Side:
+    """Return a side that has just these ways, in this order."""
+    kinds = tuple(kinds)
+    store, found = store_of(seed, device_for(kinds)), {} if places is None else places
+    transports = {Via(kind): _transport(kind, section, store, found) for kind in kinds}
+    return Side(section, seed, transports, epoch, store=store)
 
 
 Open = Callable[..., Side]
@@ -163,10 +181,7 @@ def open_side() -> Iterator[Open]:
 
     def open_side(*kinds: str, epoch: int = EPOCH, **changes: object) -> Side:
         section = SECTION.model_copy(update=changes)
-        seed = len(sides)
-        store = store_of(seed, device_for(kinds))
-        transports = {Via(kind): one_transport(kind, section, store, places) for kind in kinds}
-        sides.append(Side(section, seed, transports, epoch, store=store))
+        sides.append(side_over(kinds, section, len(sides), places, epoch))
         return sides[-1]
 
     yield open_side

@@ -142,7 +142,7 @@ def test_a_cancelled_pull_gives_everything_back(open_side: Open, kind: str) -> N
     assert consumer.pulls["after"].failure is None
 
 
-@pytest.mark.parametrize("kind", ["inproc", "shm", "gloo"])
+@pytest.mark.parametrize("kind", ["inproc", "shm", "gloo", "cuda_ipc"])
 def test_a_full_arena_makes_reads_wait_for_room(open_side: Open, kind: str) -> None:
     """Nothing else is allowed to these: ten hand-offs share two slots."""
     section = {"arena_mib": 1, "chunk_bytes": 400 << 10}
@@ -179,7 +179,7 @@ def test_a_full_arena_is_left_for_frames_after_a_while(open_side: Open) -> None:
     assert content(consumer.store, range(1, 300)) == content(producer.store, range(1, 300))
 
 
-@pytest.mark.parametrize("kind", ["inproc", "cma", "shm"])
+@pytest.mark.parametrize("kind", ["inproc", "cma", "shm", "cuda_ipc"])
 def test_memory_taken_back_during_a_read_fails_the_pull(open_side: Open, kind: str) -> None:
     """Without checksums too: a reader finds out by what the slot says of itself."""
     producer, consumer = open_side(kind, checksum=False), open_side(kind, checksum=False)
@@ -225,6 +225,8 @@ def test_another_life_of_the_producer_is_greeted_anew(open_side: Open) -> None:
         (("gloo", "shm"), ("tcp", "shm", "gloo"), "shm"),
         (("cma", "shm"), ("cma", "shm", "tcp"), "cma"),
         (("shm", "tcp"), ("cma", "shm", "tcp"), "shm"),
+        (("cuda_ipc", "gloo", "shm"), ("cuda_ipc", "gloo", "shm"), "cuda_ipc"),
+        (("gloo", "shm"), ("cuda_ipc", "gloo", "shm"), "gloo"),
     ],
 )
 def test_a_pair_uses_the_best_that_both_have(

@@ -1,22 +1,31 @@
 """What the transports between two processes promise, and what when one of them is killed."""
 
-import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 import pytest
 
 from kv_transfer.blocks import Content
-from tests.contract.handoff_sides import ACROSS, SECTION, STALL_S, Open, Side, content, store_of
+from tests.contract.handoff_sides import (
+    ACROSS,
+    SECTION,
+    STALL_S,
+    Open,
+    Side,
+    content,
+    side_over,
+    store_of,
+)
+from tests.contract.other_process import heard
 from tests.waiting import wait_for
 
 
 def _produce(kind: str, pipe: "Connection[Any, Any]") -> None:
-    side = Side(SECTION.model_copy(update={"transports": (kind,)}), 77)
+    side = side_over([kind], SECTION, 77)
     pipe.send(side.hold("h", range(1, 400)))
     if pipe.recv() == "slowly":
         # Deaf from here on: the consumer sits in the middle of the hand-off.
@@ -56,7 +65,7 @@ def _produce_and_stop_sending(timeout_s: float, pipe: "Connection[Any, Any]") ->
 
 
 def _consume(kind: str, pipe: "Connection[Any, Any]") -> None:
-    side = Side(SECTION.model_copy(update={"transports": (kind,)}), 78)
+    side = side_over([kind], SECTION, 78)
     blocked = threading.Event()
 
     def stop(group: int, block_ids: Sequence[int], payload: Content) -> None:
@@ -67,33 +76,6 @@ def _consume(kind: str, pipe: "Connection[Any, Any]") -> None:
     pipe.send("up")
     side.pull(pipe.recv(), range(1, 400))
     signal.pause()
-
-
-def heard(pipe: "Connection[Any, Any]") -> Any:
-    assert pipe.poll(30), "the other process says nothing"
-    return pipe.recv()
-
-
-@pytest.fixture
-def other() -> Iterator[Callable[..., tuple[multiprocessing.Process, "Connection[Any, Any]"]]]:
-    """Run a function in a process of its own, with a pipe; killed afterwards."""
-    context = multiprocessing.get_context("spawn")
-    started: list[tuple[Any, Any]] = []
-
-    def start(target: Callable[..., None], *arguments: object) -> tuple[Any, Any]:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=target, args=(*arguments, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        started.append((process, ours))
-        return process, ours
-
-    yield start
-    for process, pipe in started:
-        process.kill()
-        process.join()
-        process.close()
-        pipe.close()
 
 
 @pytest.mark.parametrize("kind", ACROSS)

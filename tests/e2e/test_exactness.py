@@ -77,15 +77,29 @@ def test_greedy_tokens_are_identical_over_tcp_and_out_of_smaller_blocks(
     """The others here go through shared memory, as two engines of one host do, in blocks of one
     size on both sides."""
     small = {"block_size": BLOCK_SIZE // 4}
-    flags = {"handoff__transports": "tcp", "prefill__engine_args": small}
-    with disaggregation("test-e2e-tcp", **flags) as over_tcp:
-        for number in range(0, NUM_PROMPTS, 6):
+    check_some_over("tcp", expected, prefill__engine_args=small)
+
+
+def test_greedy_tokens_are_identical_over_channels(expected: list[list[int]]) -> None:
+    """As GPUs' blocks go over `nccl`: out of tensors, sent in the order of what announces them."""
+    check_some_over("gloo", expected)
+
+
+def check_some_over(transport: str, expected: list[list[int]], **flags: Any) -> None:
+    """Compare a sixth of the prompts over nothing but `transport`, one that both engines have in
+    their caches by then too."""
+    flags["handoff__transports"] = transport
+    numbers = [*range(0, NUM_PROMPTS, 6)]
+    numbers.append(numbers[-1])
+    with disaggregation(f"test-e2e-{transport}", **flags) as served:
+        for number in numbers:
             prompt = PROMPTS[number]
-            answer = over_tcp.complete(prompt, return_token_ids=True, **GREEDY)
+            answer = served.complete(prompt, return_token_ids=True, **GREEDY)
             assert answer["choices"][0]["token_ids"] == expected[number], len(prompt)
-            (sequence,) = over_tcp.record(answer["headers"]["x-request-id"])["sequences"]
-            assert sequence["transport"] in ("tcp", None), sequence
+            (sequence,) = served.record(answer["headers"]["x-request-id"])["sequences"]
+            assert sequence["transport"] in (transport, None), sequence
             assert sequence["prompt_tokens"]["recomputed"] <= 1, sequence
+        assert sequence["prompt_tokens"]["reused"] > 0 < sequence["received_bytes"], sequence
 
 
 def test_greedy_tokens_are_identical_where_decode_samples_the_first(

@@ -51,6 +51,8 @@ VLLM = {
 TENSORS = {
     "kv_transfer/blocks.py",
     "kv_transfer/channels.py",
+    "kv_transfer/cuda_ipc.py",
+    "kv_transfer/cuda_library.py",
     "kv_transfer/gloo.py",
     "kv_transfer/nccl.py",
     "kv_transfer/packed_blocks.py",
