@@ -15,7 +15,7 @@ from tests.cut_streams import only_cut_streams_failed
 from tests.on_cluster import NODE, ray_cluster, tandem_on
 from tests.served import Served, tandem_status, wait_until
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 NAME = f"test-node-loss-{os.getpid()}"
 FLAGS: dict[str, Any] = {
