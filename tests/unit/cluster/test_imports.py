@@ -1,0 +1,12 @@
+import gc
+
+import pytest
+
+from cluster.imports import uncollected
+
+
+def test_the_collector_is_back_whatever_happens() -> None:
+    with pytest.raises(ImportError), uncollected():
+        assert not gc.isenabled()
+        raise ImportError
+    assert gc.isenabled()
