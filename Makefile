@@ -132,12 +132,12 @@ fmt: $(DEV_STAMP) ## format and apply safe lint fixes
 unit: $(DEV_STAMP) ## the unit tier: no Ray, no sockets, under 10 s
 	$(PYTEST) tests/unit -n 2 --dist loadfile --durations=3 $(ARGS)
 
-# What neither times anything nor needs both cores runs beside another such file, the longest first,
-# the rest by itself.
+# What neither times anything nor needs both cores runs beside another such file, the longest of them
+# first and the shortest last; the rest by itself.
 define other-tiers
 	$(PYTEST) tests/e2e tests/chaos tests/contract tests/integration -m "not alone$(1)" \
 		-n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
-	$(PYTEST) tests/integration tests/e2e tests/chaos -m "alone$(1)" $(ARGS)
+	$(PYTEST) tests/e2e tests/chaos -m "alone$(1)" $(ARGS)
 endef
 
 .PHONY: test

@@ -19,7 +19,7 @@ from cluster.sockets import Sockets
 from tests.prompts import prompt_of
 from tests.served import Served, tandem, wait_until
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
 NAME = "test-chaos"
 PROMPTS = [prompt_of(1800 - 40 * number, seed=9000 + number) for number in range(12)]
