@@ -70,10 +70,11 @@ endif
 	$(PIP_INSTALL) --no-build-isolation -e .
 	touch $@
 
-# One property test compiles all of its tier, and reads for hypothesis, what a first run would.
+# One property test compiles all of its tier, and reads for hypothesis, what a first run would. If it
+# fails, the tier says so.
 $(DEV_STAMP): $(RUNTIME_STAMP) $(LOCKS)/dev.txt
 	$(PIP_INSTALL) -r $(LOCKS)/dev.txt
-	$(PYTEST) tests/unit --quiet -k test_messages_survive_the_wire > /dev/null
+	-$(PYTEST) tests/unit --quiet -k test_messages_survive_the_wire > /dev/null
 	touch $@
 
 .PHONY: system-deps
