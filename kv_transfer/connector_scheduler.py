@@ -26,10 +26,13 @@ from cluster.engine_control import (
     NEWS_SUFFIX,
     AskFailure,
     AskLoad,
+    Attend,
     Begun,
     BlockLoad,
     DropHandoffs,
+    HoldNow,
     PullFailure,
+    RankLines,
     bind_locally,
 )
 from cluster.messages import Holder, Offer, Receipt
@@ -80,6 +83,8 @@ class SchedulerHalf:
         self._prompts: dict[str, tuple[HandoffId, Request]] = {}
         self._progress = Progress(list(map(_finished_size, kv_cache_config.kv_cache_groups)))
         self._news: zmq.Socket[bytes] | None = None
+        self._lines: RankLines | None = None
+        self._was_idle = False
         self._offers: dict[str, Offer] = {}
         self._awaiting: dict[str, Request] = {}
         self._pulling: set[str] = set()
@@ -102,6 +107,7 @@ class SchedulerHalf:
         ranked: list[PortAddress] = [addresses[rank] for rank in sorted(addresses)]
         self._endpoints = tuple(address.endpoint for address in ranked)
         self._layout = ranked[0].layout
+        self._lines = RankLines(self._settings.control_endpoint, len(ranked))
         self._control.start()
 
     def on_new_request(self, request: "Request") -> None:
@@ -162,7 +168,11 @@ class SchedulerHalf:
     def take_orders(self, step: "SchedulerOutput") -> Orders:
         """Return what the worker halves are to do with this step, before it computes."""
         self._follow(step)
-        self._orders.is_idle = step.total_num_scheduled_tokens == 0
+        is_idle = step.total_num_scheduled_tokens == 0
+        if self._was_idle and not is_idle:
+            # Where steps are scheduled ahead, ranks may be asleep in the one before.
+            self._say(Attend())
+        self._orders.is_idle = self._was_idle = is_idle
         while self._drops:
             self._orders.drops.append(self._drops.popleft())
         orders, self._orders = self._orders, Orders()
@@ -198,6 +208,10 @@ class SchedulerHalf:
         growth = self._progress.step(key, blocks, num_computed)
         if growth is not None:
             self._orders.grown.append(growth)
+
+    def _say(self, message: Attend | HoldNow) -> None:
+        assert self._lines is not None, "ranks are known before the first request"
+        self._lines.send(message)
 
     def _tell(self, begun: Begun) -> None:
         if self._news is None:
@@ -268,6 +282,9 @@ class SchedulerHalf:
     ) -> Offer:
         frozen = tuple(tuple(group) for group in block_ids)
         first_token = int(request.output_token_ids[0])
+        # The next step may have been scheduled already, and the one that brings this order is
+        # behind it.
+        self._say(HoldNow(handoff_id, request.request_id, frozen, first_token))
         self._orders.holds.append(Hold(handoff_id, request.request_id, frozen, first_token))
         num_blocks = sum(map(len, frozen))
         self._held[request.request_id] = (handoff_id, num_blocks, time.monotonic())
@@ -291,6 +308,8 @@ class SchedulerHalf:
         self._is_closing = True
         if self._news is not None:
             self._news.close()
+        if self._lines is not None:
+            self._lines.close()
 
     # The control socket's thread. Reads are of single attributes; orders go through a deque.
 

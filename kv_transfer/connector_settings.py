@@ -46,8 +46,11 @@ class PortAddress(KVConnectorHandshakeMetadata):
 
 @dataclass
 class Orders(KVConnectorMetadata):
-    """Scheduler half to worker halves, with each step, and carried out before it computes. In an
-    idle one nothing is computed."""
+    """Scheduler half to worker halves, with each step; in an idle one nothing is computed.
+
+    What is about blocks to be read is carried out before the step computes; pulls begin when
+    vLLM is done with their blocks, which can be after it.
+    """
 
     is_idle: bool = False
     opened: list[tuple[HandoffId, str]] = field(default_factory=list)
