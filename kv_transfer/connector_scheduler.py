@@ -51,6 +51,7 @@ from kv_transfer.protocol import (
     offer_to_consume,
     offered_params,
 )
+from kv_transfer.rank_line import NAP_S
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -60,6 +61,9 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+# Whatever ends the waiting of those that only wait for hand-offs is said to the ranks, and ends
+# their sleep. This bounds what sleeping costs, and being late should nobody have said so.
+_SLEEP_S = 0.5
 # Of these caches a full block stays as it is.
 _ONE_TOKEN_ONE_PLACE = (
     FullAttentionSpec,
@@ -87,6 +91,7 @@ class SchedulerHalf:
         self._was_idle = False
         self._offers: dict[str, Offer] = {}
         self._awaiting: dict[str, Request] = {}
+        self._unfinished: set[str] = set()
         self._pulling: set[str] = set()
         self._held: dict[str, tuple[HandoffId, int, float]] = {}
         self._receipts: dict[str, Receipt] = {}
@@ -113,6 +118,7 @@ class SchedulerHalf:
     def on_new_request(self, request: "Request") -> None:
         """Keep the lease of an offer alive while its request waits for local blocks."""
         key, params = request.request_id, request.kv_transfer_params
+        self._unfinished.add(key)
         handoff_id, offer = handoff_to_produce(params), offer_to_consume(params)
         if handoff_id is not None:
             self._prompts[key] = handoff_id, request
@@ -172,11 +178,17 @@ class SchedulerHalf:
         if self._was_idle and not is_idle:
             # Where steps are scheduled ahead, ranks may be asleep in the one before.
             self._say(Attend())
-        self._orders.is_idle = self._was_idle = is_idle
+        self._was_idle = is_idle
+        self._orders.patience_s = self._patience_s() if is_idle else None
         while self._drops:
             self._orders.drops.append(self._drops.popleft())
         orders, self._orders = self._orders, Orders()
         return orders
+
+    def _patience_s(self) -> float:
+        """Return how long ranks may sleep: what is not waited for at a port, as the compilation of
+        a grammar, vLLM asks after at every step."""
+        return _SLEEP_S if self._unfinished <= self._pulling else NAP_S
 
     def _follow(self, step: "SchedulerOutput") -> None:
         """Let what earlier steps have finished of open prompts be pulled during this one."""
@@ -256,6 +268,7 @@ class SchedulerHalf:
     ) -> tuple[bool, dict[str, Any] | None]:
         """Return whether the request's blocks stay held, and what to tell the router."""
         key = request.request_id
+        self._unfinished.discard(key)
         handoff_id = handoff_to_produce(request.kv_transfer_params)
         if handoff_id is not None:
             self._prompts.pop(key, None)

@@ -84,7 +84,7 @@ class WorkerHalf:
         self._store: BlockStore | None = None
         self._report: WorkerReport | None = None
         self._last_totals: dict[str, int] = {}
-        self._is_idle = False
+        self._patience_s: float | None = None
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Open the port over the engine's KV tensors; raise `ValueError` if they cannot go."""
@@ -160,7 +160,7 @@ class WorkerHalf:
         """Hand what is to be known before this step computes to the port's thread: the step may
         use revoked blocks again, and lasts too long for others to wait for finished ones."""
         assert isinstance(orders, Orders) and self._port is not None and self._line is not None
-        self._is_idle = orders.is_idle
+        self._patience_s = orders.patience_s
         self._follow()
         for handoff_id, key in orders.opened:
             self._port.open(handoff_id, key)
@@ -197,10 +197,10 @@ class WorkerHalf:
     def take_results(self) -> KVConnectorTransferResults:
         """Return, each key once, the holds and pulls that ended since the last step."""
         assert self._port is not None and self._line is not None
-        if self._is_idle:
-            self._line.wait()
+        if self._patience_s is not None:
+            self._line.wait(self._patience_s)
         freed, pulls = self._port.take_freed(), self._port.take_pulls()
-        if self._is_idle and (freed or pulls):
+        if self._patience_s is not None and (freed or pulls):
             self._line.rouse()
         failures = {pull.key: pull.failure for pull in pulls if pull.failure}
         totals = self._port.totals()

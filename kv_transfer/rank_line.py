@@ -25,20 +25,17 @@ from cluster.wire import WireError
 from kv_transfer.port import HandoffPort
 from kv_transfer.producer import Hold
 
-# What a step that computes nothing waits for news, instead of asking every millisecond. Whatever
-# gives the engine something to do says so here and ends the wait; this only bounds what the
-# engine costs while it waits, and what it costs should nobody have said so.
-_SLEEP_S = 0.5
 # Who asks for attention has told the engine's scheduler at the same moment, on another way: for
 # so long, steps that compute nothing are short.
 _ATTENTION_S = 0.05
-_NAP_S = 0.005
+# What a rank waits at most with something to attend to that nobody will tell it of.
+NAP_S = 0.005
 
 logger = logging.getLogger(__name__)
 
 
 class RankLine:
-    """The listening end at one rank's port; all but `close` is for the engine's thread."""
+    """The listening end at one rank's port, for the engine's thread."""
 
     def __init__(self, control_endpoint: str, rank: int, num_ranks: int, port: HandoffPort) -> None:
         self._port = port
@@ -61,10 +58,10 @@ class RankLine:
             self._held_once.add(hold.key)
         self._port.hold(hold)
 
-    def wait(self) -> None:
-        """Sleep until the port has news, or there is something else to do."""
+    def wait(self, patience_s: float) -> None:
+        """Return when the port has news or there is something else to do, or after that time."""
         is_attentive = time.monotonic() < self._attentive_until
-        self._port.wait(_NAP_S if is_attentive else _SLEEP_S)
+        self._port.wait(min(NAP_S, patience_s) if is_attentive else patience_s)
 
     def rouse(self) -> None:
         """A step ends when it has ended on every rank: let none sleep over the news of another."""

@@ -23,7 +23,8 @@ from kv_transfer.connector_worker import WorkerHalf
 from kv_transfer.consumer import Pull
 from kv_transfer.producer import Hold
 from kv_transfer.progress import Growth
-from kv_transfer.protocol import produce_params
+from kv_transfer.protocol import consume_params, produce_params
+from kv_transfer.rank_line import NAP_S
 
 OFFER = Offer(HandoffId("o"), WorkerId("w"), 1, "f", (), 16, 1, 1.0)
 ORDERS = Orders(
@@ -121,6 +122,17 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> SchedulerHalf:
     return half
 
 
+def _request(key: str, params: dict[str, Any]) -> Any:
+    return SimpleNamespace(
+        request_id=key,
+        kv_transfer_params=params,
+        status=RequestStatus.FINISHED_LENGTH_CAPPED,
+        output_token_ids=[5],
+        num_computed_tokens=20,
+        num_prompt_tokens=20,
+    )
+
+
 def _step(num_tokens: int) -> SchedulerOutput:
     step = SchedulerOutput.make_empty()
     step.total_num_scheduled_tokens = num_tokens
@@ -130,13 +142,7 @@ def _step(num_tokens: int) -> SchedulerOutput:
 def test_a_finished_prompt_is_held_before_the_next_step_is_scheduled(
     scheduler: SchedulerHalf,
 ) -> None:
-    request: Any = SimpleNamespace(
-        request_id="r",
-        kv_transfer_params=produce_params(HandoffId("h")),
-        status=RequestStatus.FINISHED_LENGTH_CAPPED,
-        output_token_ids=[5],
-        num_computed_tokens=20,
-    )
+    request = _request("r", produce_params(HandoffId("h")))
     is_held, _ = scheduler.on_request_finished(request, ([3, 4],))
     lines: Any = scheduler._lines
     assert is_held and lines.said == [HoldNow("h", "r", ((3, 4),), 5)]
@@ -150,7 +156,25 @@ def test_a_step_scheduled_behind_an_idle_one_wakes_who_sleeps_in_it(
     lines: Any = scheduler._lines
     said = []
     for num_tokens in (0, 0, 7, 7, 0, 7):
-        assert scheduler.take_orders(_step(num_tokens)).is_idle == (num_tokens == 0)
+        assert (scheduler.take_orders(_step(num_tokens)).patience_s is None) == (num_tokens > 0)
         said.append(len(lines.said))
     assert said == [0, 0, 1, 1, 1, 2]
     assert set(map(type, lines.said)) == {Attend}
+
+
+def test_ranks_sleep_only_while_all_that_is_unfinished_is_pulled(scheduler: SchedulerHalf) -> None:
+    """A request whose grammar is compiled, say, is asked after by vLLM itself, at every step."""
+    pulled, other = (_request(key, consume_params(OFFER, False)) for key in ("a", "b"))
+    patience_s = [scheduler.take_orders(_step(0)).patience_s]
+    scheduler.on_new_request(pulled)
+    patience_s.append(scheduler.take_orders(_step(0)).patience_s)
+    blocks: Any = SimpleNamespace(get_block_ids=lambda: ([7, 8],))
+    scheduler.on_blocks_allocated(pulled, blocks, 16)
+    patience_s.append(scheduler.take_orders(_step(0)).patience_s)
+    scheduler.on_new_request(other)
+    patience_s.append(scheduler.take_orders(_step(0)).patience_s)
+    scheduler.on_request_finished(other, ([],))
+    patience_s.append(scheduler.take_orders(_step(0)).patience_s)
+    asleep = patience_s[0]
+    assert asleep is not None and asleep > 10 * NAP_S
+    assert patience_s == [asleep, NAP_S, asleep, NAP_S, asleep]

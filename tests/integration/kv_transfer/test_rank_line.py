@@ -23,8 +23,8 @@ __all__ = ["open_side"]
 KEY = "r"
 NOW = HoldNow("h", KEY, ((3, 4),), 17)
 ORDER = Hold(HandoffId("h"), KEY, ((3, 4),), 17)
-# Far below what a rank sleeps, far above what waking it takes.
-SOON_S = 0.25
+# Waking a rank takes far less than it would sleep.
+SLEEP_S, SOON_S = 0.5, 0.25
 
 Listen = Callable[..., RankLine]
 
@@ -114,13 +114,13 @@ def test_a_rank_sleeps_until_there_is_something_to_do(
     side = open_side()
     line = listen(side.port)
     began = time.monotonic()
-    line.wait()
+    line.wait(SLEEP_S)
     assert time.monotonic() - began > SOON_S, "nobody has woken it"
     for wake in (lambda: _end_a_hold(side), lambda: ranks.send(Attend())):
         timer = threading.Timer(0.02, wake)
         timer.start()
         began = time.monotonic()
-        line.wait()
+        line.wait(SLEEP_S)
         assert time.monotonic() - began < SOON_S
         timer.join()
 
@@ -137,9 +137,9 @@ def test_who_asks_for_attention_is_waited_for(
     line = listen(open_side().port)
     ranks.send(Attend())
     began = time.monotonic()
-    line.wait()
-    line.wait()
-    line.wait()
+    line.wait(SLEEP_S)
+    line.wait(SLEEP_S)
+    line.wait(SLEEP_S)
     assert time.monotonic() - began < SOON_S
 
 
@@ -148,7 +148,7 @@ def test_no_rank_sleeps_over_the_news_of_another(open_side: Open, listen: Listen
     lines = [listen(port, rank, len(ports)) for rank, port in enumerate(ports)]
     lines[1].rouse()
     began = time.monotonic()
-    lines[0].wait()
+    lines[0].wait(SLEEP_S)
     assert time.monotonic() - began < SOON_S
 
 
