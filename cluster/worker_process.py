@@ -180,13 +180,20 @@ def _launch_template(name: str) -> None:
         # that computes sets its own number.
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
-        # A CPU engine reads all its weights and the request's KV cache in every step: in pages of
-        # 4 KiB it waits for page tables (a tenth of a step in `make bench-serve`).
-        "GLIBC_TUNABLES": ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), _MALLOC))),
-        **_preloads(),
+        **memory_environment(),
     }
     command = [sys.executable, "-m", "cluster.engine_template", name, str(os.getppid())]
     subprocess.run(command, env=environment, check=True)
+
+
+def memory_environment() -> dict[str, str]:
+    """Return what has engine processes allocate memory as they should.
+
+    A CPU engine reads all its weights and the request's KV cache in every step: in pages of 4 KiB
+    it waits for page tables (a tenth of a step in `make bench-serve`).
+    """
+    tunables = ":".join(filter(None, (os.environ.get("GLIBC_TUNABLES"), _MALLOC)))
+    return {"GLIBC_TUNABLES": tunables, **_preloads()}
 
 
 def _preloads() -> dict[str, str]:

@@ -26,6 +26,7 @@ import numpy as np
 
 from cluster.keyring import Keyring
 from cluster.ring_file import RingFile
+from cluster.worker_process import memory_environment
 from tests.benchmarks.peers import Unavailable, install, make_python
 from tests.benchmarks.sections import table, write_section
 
@@ -145,14 +146,16 @@ def start_stacks(
     """Start every stack that runs here; return also why others do not."""
     keys = RingFile(Keyring.generate())
     stack.callback(keys.close)
+    # As engines are started.
+    engine = memory_environment()
     kinds: dict[str, tuple[str, list[str], dict[str, str]]] = {
         **{name: ("raw", [number], {}) for name, number in RAW.items()},
-        "cma": ("tandem", ["cma", settings], {}),
-        "shm": ("tandem", ["shm", settings], {}),
-        "tcp": ("tandem", ["tcp", settings], {}),
-        "cma+CURVE": ("tandem", ["cma", settings, keys.path], {}),
-        "shm+CURVE": ("tandem", ["shm", settings, keys.path], {}),
-        "tcp+CURVE": ("tandem", ["tcp", settings, keys.path], {}),
+        "cma": ("tandem", ["cma", settings], engine),
+        "shm": ("tandem", ["shm", settings], engine),
+        "tcp": ("tandem", ["tcp", settings], engine),
+        "cma+CURVE": ("tandem", ["cma", settings, keys.path], engine),
+        "shm+CURVE": ("tandem", ["shm", settings, keys.path], engine),
+        "tcp+CURVE": ("tandem", ["tcp", settings, keys.path], engine),
     }
     python, environment = sys.executable, dict[str, str]()
     stacks, missing = dict[str, Stack](), dict[str, str]()
