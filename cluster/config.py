@@ -110,9 +110,12 @@ class HandoffSection(Section):
     chunk_bytes: Count = Field(4 << 20, description="payload bytes per message, about")
     reads_in_flight: Count = Field(4, description="chunks a consumer asks for ahead")
     transports: Annotated[
-        tuple[Literal["shm", "tcp", "gloo", "cuda_ipc", "nccl"], ...], BeforeValidator(_names)
+        tuple[Literal["cma", "shm", "tcp", "gloo", "cuda_ipc", "nccl"], ...],
+        BeforeValidator(_names),
     ] = Field(
-        ("shm", "tcp"), min_length=1, description="ways payloads may go, preferred first (A,B)"
+        ("cma", "shm", "tcp"),
+        min_length=1,
+        description="ways payloads may go, preferred first (A,B)",
     )
     arena_mib: Count = Field(
         32,

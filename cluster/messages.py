@@ -142,7 +142,7 @@ class Prefilled:
 class Receipt:
     """What the decode side received, beside what the producer says it sent.
 
-    `transport` is how: `shm`, `tcp`, several as `shm+tcp`, or empty if nothing was needed.
+    `transport` is how: `shm`, `tcp`, several as `cma+shm`, or empty if nothing was needed.
     """
 
     num_blocks: int

@@ -335,7 +335,8 @@ KV_BYTES = _worker.counted_elsewhere(
 KV_TRANSPORT_BYTES = _worker.counted_elsewhere(
     "tandem_kv_transport_bytes_total",
     "bytes",
-    "KV cache payload received by this worker, by how it came (shm, tcp, gloo, cuda_ipc, nccl)",
+    "KV cache payload received by this worker, by how it came (cma, shm, tcp, gloo, cuda_ipc,"
+    " nccl)",
     "transport",
 )
 HANDOFF_STAGE_SECONDS = _worker.timed_elsewhere(

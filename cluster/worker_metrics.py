@@ -22,7 +22,7 @@ _BY_PREFIX = {
     "refused_": (metrics.READS_REFUSED, _READS_REFUSED),
     "bytes_": (metrics.KV_BYTES, ("sent", "received")),
     "peers_": (metrics.PEERS_REFUSED, ("key", "protocol")),
-    "via_": (metrics.KV_TRANSPORT_BYTES, ("shm", "tcp", "gloo", "cuda_ipc", "nccl")),
+    "via_": (metrics.KV_TRANSPORT_BYTES, ("cma", "shm", "tcp", "gloo", "cuda_ipc", "nccl")),
 }
 _SUBMISSIONS_REFUSED = ("duplicate", "leaving", "role", "invalid")
 _FAULTS = (

@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from kv_transfer.blocks import Memory
+from kv_transfer.protocol import Blocks
 from kv_transfer.transport import Payload, Stage
 
 PAGE_BYTES = 4096
@@ -147,7 +148,8 @@ class ArenaInlet:
     def door(self) -> str:
         return ""
 
-    def open(self, parcel: int, num_bytes: int, frame: memoryview | None) -> Payload | None:
+    def open(self, message: Blocks, frame: memoryview | None) -> Payload | None:
+        parcel, num_bytes = message.parcel, message.payload_bytes
         if frame is not None or not 0 < num_bytes <= self._shape.slot_bytes:
             return None
         start = self._shape.slot_at(parcel)

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kv_transfer.blocks import Memory, host_bytes, host_checksum
+from kv_transfer.blocks import Content, Memory, Region, Regions, host_bytes, host_checksum
+from kv_transfer.cma import RemoteBlocks, pieces
 from kv_transfer.layout import BlockLayout
 
 Bytes = NDArray[np.uint8]
@@ -30,13 +31,23 @@ class ArrayBlockStore:
             # The ids are the engine's own; "raise" would copy everything once more.
             np.take(region, rows, axis=0, out=part, mode="clip")
 
-    def scatter(self, group: int, block_ids: Sequence[int], payload: Memory) -> None:
+    def scatter(self, group: int, block_ids: Sequence[int], payload: Content) -> None:
+        if isinstance(payload, RemoteBlocks):
+            sizes = self.layout.groups[group].region_bytes
+            payload.copy_to(pieces(self.regions()[group], sizes, block_ids))
+            return
         rows = np.array(block_ids, np.intp)
         for region, part in self._parts(group, len(rows), host_bytes(payload)):
             region[rows] = part
 
-    def checksum(self, payload: Memory) -> int:
+    def checksum(self, payload: Content) -> int:
         return host_checksum(host_bytes(payload))
+
+    def regions(self) -> Regions:
+        return [
+            [Region(region.ctypes.data, region.strides[0]) for region in group]
+            for group in self._regions
+        ]
 
     def _parts(
         self, group: int, num_rows: int, memory: memoryview

@@ -21,7 +21,7 @@ from typing import Protocol
 import torch
 
 from kv_transfer.arena import ArenaShape
-from kv_transfer.protocol import Via
+from kv_transfer.protocol import Blocks, Via
 from kv_transfer.transport import Payload, Stage
 
 _MAX_READERS = 64
@@ -318,7 +318,8 @@ class ChannelInlet:
         self._used = now
         return self._address if self._end.over_because is None else None
 
-    def open(self, parcel: int, num_bytes: int, frame: memoryview | None) -> Future[Payload] | None:
+    def open(self, message: Blocks, frame: memoryview | None) -> Future[Payload] | None:
+        parcel, num_bytes = message.parcel, message.payload_bytes
         if frame is not None or not 0 < num_bytes <= self._max_bytes:
             return None
         self._used = time.monotonic()

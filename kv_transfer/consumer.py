@@ -14,7 +14,7 @@ from cluster.messages import Offer, Receipt
 from cluster.names import HandoffId
 from cluster.sockets import plain_address
 from cluster.stages import StageClock
-from kv_transfer.blocks import BlockStore, Memory, host_bytes
+from kv_transfer.blocks import BlockStore, Content, host_bytes
 from kv_transfer.handoff import ConsumerHandoff, ConsumerState
 from kv_transfer.layout import GroupLayout, Read, plan_reads
 from kv_transfer.protocol import (
@@ -32,7 +32,10 @@ from kv_transfer.transport import Payload
 if TYPE_CHECKING:
     from kv_transfer.recut import Recut
 
-Damage = Callable[[Read, Memory], Memory]
+# Of one read where nothing is copied out for it: beyond that its message costs nothing.
+_IN_PLACE_BYTES = 32 << 20
+
+Damage = Callable[[Read, Content], Content]
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +108,8 @@ class Consumer:
     ) -> None:
         self.results: list[EndedPull] = []
         self.counts: Counter[str] = Counter()
+        largest_block = max(group.block_bytes for group in store.layout.groups)
+        self._most_in_place = max(1, _IN_PLACE_BYTES // largest_block)
         self._waiting = StageClock(self.counts, "wait")
         self._pulling = StageClock(self.counts, "pull")
         self._verifying = StageClock(self.counts, "verify")
@@ -237,7 +242,12 @@ class Consumer:
             self.counts["chunks_damaged"] += 1
             yield from self._fail(active, damage or "no payload")
             return
-        self._scatter(active, read, content)
+        try:
+            self._scatter(active, read, content)
+        except OSError as error:
+            self.counts["chunks_damaged"] += 1
+            yield from self._fail(active, f"blocks could not be read: {error}")
+            return
         self._scattering.add(time.perf_counter() - verified_s)
         if not payload.is_intact():
             self.counts["chunks_overtaken"] += 1
@@ -245,7 +255,11 @@ class Consumer:
             return
         self.counts["bytes_received"] += content.nbytes
         self.counts[f"via_{message.via.value}"] += content.nbytes
-        handoff, asks = active.handoff.receive(read)
+        handoff = active.handoff
+        if message.via.is_in_place:
+            # All of it is there, and no memory is between: messages are what a chunk costs.
+            handoff = handoff.merge(self._most_in_place)
+        handoff, asks = handoff.receive(read)
         arrived = replace(
             active,
             handoff=handoff,
@@ -262,7 +276,7 @@ class Consumer:
         )
         yield from self._proceed(arrived, asks)
 
-    def _scatter(self, active: _Active, read: Read, content: Memory) -> None:
+    def _scatter(self, active: _Active, read: Read, content: Content) -> None:
         positions = slice(read.first_block, read.first_block + read.num_blocks)
         if active.recut is not None:
             positions = active.recut.place(read)
@@ -279,14 +293,14 @@ class Consumer:
         return fresh
 
     def _damage(
-        self, active: _Active, read: Read, message: Blocks, payload: "Memory | None"
+        self, active: _Active, read: Read, message: Blocks, payload: "Content | None"
     ) -> str | None:
         theirs = active.recut.theirs if active.recut else self._store.layout.groups[read.group]
         wanted = theirs.block_bytes * read.num_blocks
         found = 0 if payload is None else payload.nbytes
         if payload is None or found != wanted or message.payload_bytes != wanted:
             return f"payload of {found} bytes, wanted {wanted}"
-        if not self._is_checksummed:
+        if not self._is_checksummed or message.via.is_in_place:
             return None
         if message.checksum is None:
             return f"no checksum with blocks {read.first_block}+{read.num_blocks}"

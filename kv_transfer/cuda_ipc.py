@@ -14,7 +14,7 @@ import torch
 
 from kv_transfer.arena import PAGE_BYTES, Arena, ArenaInlet, ArenaShape
 from kv_transfer.cuda_library import HANDLE_BYTES, CudaLibrary
-from kv_transfer.protocol import Via
+from kv_transfer.protocol import Blocks, Via
 from kv_transfer.segments import OwnSegment, Segment
 from kv_transfer.transport import Payload, Stage
 
@@ -206,9 +206,9 @@ class CudaIpcInlet:
     def door(self) -> str:
         return self._arena.door()
 
-    def open(self, parcel: int, num_bytes: int, frame: memoryview | None) -> Payload | None:
-        payload = self._arena.open(parcel, num_bytes, frame)
-        if payload is None or self._is_own_gpu or isinstance(payload.content, memoryview):
+    def open(self, message: Blocks, frame: memoryview | None) -> Payload | None:
+        payload = self._arena.open(message, frame)
+        if self._is_own_gpu or payload is None or not isinstance(payload.content, torch.Tensor):
             return payload
         # Its checksum and the blocks are both computed from it: once over the link is enough.
         return Payload(self._device.fetch(payload.content), payload.is_intact)

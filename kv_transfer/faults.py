@@ -6,7 +6,7 @@ Chosen by `handoff.fault` in the configuration, so that an engine's own processe
 from itertools import accumulate
 from typing import Literal
 
-from kv_transfer.blocks import Memory
+from kv_transfer.blocks import Content, Elsewhere
 from kv_transfer.consumer import Damage
 from kv_transfer.layout import BlockLayout, Read
 
@@ -24,7 +24,7 @@ def damage_of(
     return lambda read, payload: corrupt_block(layout, read, payload)
 
 
-def corrupt_block(layout: BlockLayout, read: Read, payload: Memory) -> Memory:
+def corrupt_block(layout: BlockLayout, read: Read, payload: Content) -> Content:
     """Return a copy of a chunk whose first block is damaged in every region."""
     starts = accumulate(
         (size * read.num_blocks for size in layout.groups[read.group].region_bytes), initial=0
@@ -33,6 +33,8 @@ def corrupt_block(layout: BlockLayout, read: Read, payload: Memory) -> Memory:
         slice(start, start + size)
         for start, size in zip(starts, layout.groups[read.group].region_bytes, strict=False)
     ]
+    if isinstance(payload, Elsewhere):
+        payload = payload.fetch()
     if not isinstance(payload, memoryview):
         tensor = payload.clone()
         for part in parts:

@@ -151,6 +151,17 @@ class ConsumerHandoff:
             raise IllegalEvent(f"{read} while {self.state.value}")
         return replace(self, asked=self.asked - {read})._ask()
 
+    def merge(self, most_blocks: int) -> "ConsumerHandoff":
+        """Make one read of waiting ones that follow each other, of `most_blocks` at most."""
+        merged: list[Read] = []
+        for read in self.waiting:
+            last = merged[-1] if merged else None
+            if last is not None and last.is_followed_by(read, most_blocks):
+                merged[-1] = replace(last, num_blocks=last.num_blocks + read.num_blocks)
+            else:
+                merged.append(read)
+        return replace(self, waiting=tuple(merged))
+
     def fail(self, reason: str) -> "ConsumerHandoff":
         """End without the blocks: refused, damaged, stalled or cancelled."""
         if self.is_over:

@@ -111,6 +111,12 @@ class Read:
     first_block: int
     num_blocks: int
 
+    def is_followed_by(self, other: "Read", most_blocks: int) -> bool:
+        """Whether the two make one run, of `most_blocks` at most."""
+        end = self.group, self.first_block + self.num_blocks
+        is_next = (other.group, other.first_block) == end
+        return is_next and self.num_blocks + other.num_blocks <= most_blocks
+
 
 def num_blocks_for(num_tokens: int, block_size: int) -> int:
     """Return how many blocks hold `num_tokens`."""

@@ -140,7 +140,7 @@ class Link:
     def open(self, message: Blocks, frame: memoryview | None) -> Payload | Future[Payload] | None:
         """Return the parcel of a chunk, None if it is not where its producer says."""
         inlet = self._inlets.get(message.via)
-        return inlet.open(message.parcel, message.payload_bytes, frame) if inlet else None
+        return inlet.open(message, frame) if inlet else None
 
     def close(self) -> None:
         self._detach()

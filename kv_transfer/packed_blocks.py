@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from kv_transfer.blocks import BlockStore, Memory, host_bytes
+from kv_transfer.blocks import BlockStore, Content, Memory, host_bytes
 from kv_transfer.layout import BlockLayout, GroupLayout
 
 WireDtype = Literal["int8", "fp8"]
@@ -65,7 +65,7 @@ class PackedBlockStore:
             scaled = wide / torch.where(scales == 0, 1.0, scales)
             packed.copy_(scaled.round_() if self._byte is torch.int8 else scaled)
 
-    def scatter(self, group: int, block_ids: Sequence[int], payload: Memory) -> None:
+    def scatter(self, group: int, block_ids: Sequence[int], payload: Content) -> None:
         plain = self._take_plain(group, len(block_ids))
         self._arrived = _at_least(self._arrived, payload.nbytes)
         # A payload may be read-only, which torch has no word for.
@@ -75,8 +75,11 @@ class PackedBlockStore:
             numbers.copy_(packed.float().mul_(scales))
         self._inner.scatter(group, block_ids, plain)
 
-    def checksum(self, payload: Memory) -> int:
+    def checksum(self, payload: Content) -> int:
         return self._inner.checksum(payload)
+
+    def regions(self) -> None:
+        return None
 
     def _take_plain(self, group: int, num_blocks: int) -> memoryview:
         """Return room for the blocks as the engine has them; the next call may reuse it."""

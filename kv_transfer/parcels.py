@@ -58,12 +58,16 @@ class Parcels:
                 return way.via, stage
         return None
 
-    def usable(self, ways: Iterable[Place], num_bytes: int) -> list[Place]:
-        """Return those of `ways` that exist here and can carry such a chunk."""
+    def usable(self, ways: Iterable[Place], num_bytes: int, is_held: bool) -> list[Place]:
+        """Return those of `ways` that exist here and can carry such a chunk.
+
+        Where it is not held the engine may take the blocks back, and they have to be copied.
+        """
         return [
             way
             for way in ways
             if way.via in self._transports
+            and (is_held or not way.via.is_in_place)
             and self._transports[way.via].can_carry(num_bytes, way.address)
         ]
 

@@ -248,8 +248,9 @@ class Producer:
             yield self._refuse(peer, read, *refusal)
             return
         self._renew(read.handoff_id, now)
-        num_bytes = read.num_blocks * self._store.layout.groups[read.group].block_bytes
-        ways = self._parcels.usable(read.ways, num_bytes)
+        num_bytes = self._num_bytes(read)
+        is_held = not self._held[read.handoff_id].handoff.is_filling
+        ways = self._parcels.usable(read.ways, num_bytes, is_held)
         if not ways:
             yield self._refuse(peer, read, Refusal.TRANSPORT, f"no way for {num_bytes} bytes")
             return
@@ -294,9 +295,11 @@ class Producer:
         """
         held = self._held[read.handoff_id]
         positions = slice(read.first_block, read.first_block + read.num_blocks)
+        block_ids = held.hold.block_ids[read.group][positions]
+        if via.is_in_place:
+            return self._blocks(peer, read, via, stage, now, block_ids)
         self._advance(read.handoff_id, ProducerEvent.READ_STARTED)
         try:
-            block_ids = held.hold.block_ids[read.group][positions]
             began_s = time.perf_counter()
             self._store.gather(read.group, block_ids, stage.buffer)
             self._gathering.add(time.perf_counter() - began_s)
@@ -333,13 +336,26 @@ class Producer:
             return Refusal.RANGE, "a block outside the attention window is not held"
         return None
 
-    def _blocks(self, peer: bytes, read: ReadBlocks, via: Via, stage: Stage, now: float) -> Answer:
+    def _num_bytes(self, read: ReadBlocks) -> int:
+        return read.num_blocks * self._store.layout.groups[read.group].block_bytes
+
+    def _blocks(
+        self,
+        peer: bytes,
+        read: ReadBlocks,
+        via: Via,
+        stage: Stage,
+        now: float,
+        block_ids: tuple[int, ...] = (),
+    ) -> Answer:
+        """Announce what was copied out, or, by their ids, blocks to be read where they are."""
         held = self._held[read.handoff_id]
-        num_bytes = stage.buffer.nbytes
+        num_bytes = self._num_bytes(read)
         produced = held.produced_bytes + num_bytes
         self.counts["bytes_sent"] += num_bytes
         self._held[read.handoff_id] = replace(held, produced_bytes=produced)
-        checksum = self._store.checksum(stage.buffer) if self._is_checksummed else None
+        is_checksummed = self._is_checksummed and not via.is_in_place
+        checksum = self._store.checksum(stage.buffer) if is_checksummed else None
         stage.send()
         message = Blocks(
             read.handoff_id,
@@ -353,6 +369,7 @@ class Producer:
             stage.parcel,
             None if held.held_since is None else now - held.held_since,
             held.hold.first_token,
+            block_ids,
         )
         return Answer(peer, message, stage.frame)
 

@@ -11,7 +11,8 @@ blocks that are not computed yet is answered when they are.
 3. blocks leave while the prompt is computed: `Filling`; `Blocks` say for how long it has been
    complete and bring the first token.
 4. reads name, with each way, where its reader is found: some ways make the producer connect.
-5. `cuda_ipc`: a way that those before do not know the name of.
+5. `Blocks` name blocks that their reader copies from where they are.
+6. `cuda_ipc`: a way that those before do not know the name of.
 """
 
 import enum
@@ -23,7 +24,7 @@ from cluster.messages import Offer
 from cluster.names import HandoffId, WorkerId
 from cluster.wire import Codec
 
-PROTOCOL_VERSION = 5
+PROTOCOL_VERSION = 6
 
 
 class Refusal(enum.StrEnum):
@@ -42,11 +43,17 @@ class Via(enum.StrEnum):
     """How payloads get from a producer to a consumer."""
 
     INPROC = "inproc"
+    CMA = "cma"
     SHM = "shm"
     TCP = "tcp"
     CUDA_IPC = "cuda_ipc"
     GLOO = "gloo"
     NCCL = "nccl"
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether blocks are read where they are, without a copy that is theirs to keep."""
+        return self is Via.CMA
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +102,11 @@ class ReadBlocks:
 class Blocks:
     """Producer to consumer: the blocks are in `parcel` of `via`, region by region.
 
-    `checksum` is xxh3-64 of the payload, None when switched off; `produced_bytes` counts what
-    the producer has sent for this hand-off so far, this payload included. `held_s` is how long
-    the whole prompt has been held, None while it is computed; `first_token` is what was sampled
-    from it.
+    `checksum` is xxh3-64 of the payload, None when switched off or where nothing was copied yet;
+    `produced_bytes` counts what the producer has sent for this hand-off so far, this payload
+    included. `held_s` is how long the whole prompt has been held, None while it is computed;
+    `first_token` is what was sampled from it; `block_ids` are the producer's, if they are read
+    in place.
     """
 
     handoff_id: HandoffId
@@ -112,6 +120,7 @@ class Blocks:
     parcel: int
     held_s: float | None = None
     first_token: int | None = None
+    block_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import zmq
 
-from kv_transfer.protocol import Via
+from kv_transfer.protocol import Blocks, Via
 from kv_transfer.transport import Payload, Stage
 
 # A frame that claims more is dropped before it is allocated, and its sender disconnected.
@@ -74,7 +74,7 @@ class FrameInlet:
     def door(self) -> str:
         return ""
 
-    def open(self, parcel: int, num_bytes: int, frame: memoryview | None) -> Payload | None:
+    def open(self, message: Blocks, frame: memoryview | None) -> Payload | None:
         return None if frame is None else Payload(frame)
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from kv_transfer.blocks import Memory, host_checksum
+from kv_transfer.blocks import Content, Elsewhere, Memory, host_bytes, host_checksum
 from kv_transfer.layout import BlockLayout
 
 _WORDS = (torch.int64, torch.int32, torch.int16)
@@ -60,7 +60,9 @@ class TensorBlockStore:
                 self._select(group, block_ids, host)
         np.copyto(np.frombuffer(into, np.uint8), host.numpy())
 
-    def scatter(self, group: int, block_ids: Sequence[int], payload: Memory) -> None:
+    def scatter(self, group: int, block_ids: Sequence[int], payload: Content) -> None:
+        if isinstance(payload, Elsewhere):
+            payload = payload.fetch()
         if isinstance(payload, memoryview):
             host = self._host(payload.nbytes)
             np.copyto(host.numpy(), np.frombuffer(payload, np.uint8))
@@ -71,11 +73,14 @@ class TensorBlockStore:
             for region, part in self._parts(group, len(block_ids), on_device):
                 region.index_copy_(0, rows, part)
 
-    def checksum(self, payload: Memory) -> int:
-        if isinstance(payload, memoryview):
-            return host_checksum(payload)
+    def checksum(self, payload: Content) -> int:
+        if isinstance(payload, memoryview | Elsewhere):
+            return host_checksum(host_bytes(payload))
         with self._ordered():
             return _checksum(payload)
+
+    def regions(self) -> None:
+        return None
 
     def _select(self, group: int, block_ids: Sequence[int], into: torch.Tensor) -> None:
         rows = torch.tensor(block_ids, device=self._device)

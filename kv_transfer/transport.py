@@ -14,8 +14,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from kv_transfer.blocks import Memory
-from kv_transfer.protocol import Via
+from kv_transfer.blocks import Content, Memory
+from kv_transfer.protocol import Blocks, Via
 
 if TYPE_CHECKING:
     import zmq
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Memory to gather one chunk into; `frame` is set if the message carries it along, `send` is
-    called when it is announced."""
+    """Memory to gather one chunk into, none if it is read in place; `frame` is set if the message
+    carries it along, `send` is called when it is announced."""
 
     parcel: int
     buffer: Memory
@@ -44,7 +44,7 @@ class Payload:
     something else there meanwhile.
     """
 
-    content: Memory
+    content: Content
     is_intact: Callable[[], bool] = _always
 
 
@@ -55,9 +55,7 @@ class Inlet(Protocol):
         """Return what the next read says of where we are found; None if this way is broken."""
         ...
 
-    def open(
-        self, parcel: int, num_bytes: int, frame: memoryview | None
-    ) -> "Payload | Future[Payload] | None":
+    def open(self, message: Blocks, frame: memoryview | None) -> "Payload | Future[Payload] | None":
         """Return an announced chunk, or one that is being received; None if it is not there,
         whatever a peer may have said. The future is done in any thread, an error says why."""
         ...

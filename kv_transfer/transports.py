@@ -30,6 +30,7 @@ def transports_of(
     Raises `ValueError` if nothing is.
     """
     kinds: dict[Via, Callable[[], Transport]] = {
+        Via.CMA: lambda: _over_cma(store),
         Via.SHM: lambda: ShmTransport(shape),
         Via.TCP: lambda: TcpTransport(shape.num_slots),
         Via.GLOO: lambda: _over_gloo(section, shape),
@@ -38,7 +39,11 @@ def transports_of(
     }
     vias = [Via(name) for name in section.transports]
     device = None if store.device is None else store.device.partition(":")[0]
-    fitting = [via for via in vias if _DEVICES.get(via, device) == device]
+    fitting = [
+        via
+        for via in vias
+        if _DEVICES.get(via, device) == device and not (via.is_in_place and store.regions() is None)
+    ]
     if not fitting:
         where = f"in tensors on {store.device}" if store.device else "in the host's memory"
         named = ",".join(section.transports)
@@ -46,7 +51,15 @@ def transports_of(
     return {via: kinds[via]() for via in fitting}
 
 
-# Torch is imported by those who have tensors.
+# Numpy is imported by those who have arrays, torch by those who have tensors.
+
+
+def _over_cma(store: BlockStore) -> Transport:
+    from kv_transfer.cma import CmaTransport
+
+    regions = store.regions()
+    assert regions is not None
+    return CmaTransport(store.layout, regions)
 
 
 def _over_gloo(section: HandoffSection, shape: ArenaShape) -> Transport:

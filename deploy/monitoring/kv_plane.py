@@ -98,7 +98,7 @@ _HANDOFFS = Row(
         ),
         Panel(
             "Received, by transport",
-            "shm within a host, tcp between hosts: tcp within one means that shm was refused.",
+            "cma and shm within a host, tcp between hosts: tcp within one: both were refused.",
             (Query(rate("tandem_kv_transport_bytes_total", "transport"), "{{transport}}"),),
             unit="Bps",
             is_stacked=True,

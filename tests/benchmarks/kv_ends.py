@@ -6,7 +6,6 @@ ends hold `megabytes` of memory, offer the first n of them, and fetch n from an 
 
 import argparse
 import base64
-import ctypes
 import hashlib
 import importlib
 import json
@@ -28,7 +27,6 @@ MB = 1 << 20
 LAYERS, LAYER_BLOCK_BYTES = 16, 64 << 10
 RAW_CALL_BYTES = 4 * MB
 RAW_BUFFER_BYTES = 8 * MB
-_PR_SET_TIMERSLACK = 29
 
 
 class End(Protocol):
@@ -195,7 +193,7 @@ class Tandem:
         began, began_at = time.perf_counter(), time.monotonic()
         self._port.pull(pull)
         while not (ended := self._port.take_pulls()):
-            time.sleep(20e-6)
+            self._port.wait(1.0)
         seconds = time.perf_counter() - began
         assert ended[0].failure is None, ended[0].failure
         assert ended[0].receipt.received_bytes == megabytes * MB
@@ -204,7 +202,7 @@ class Tandem:
     def freed(self, handoff_id: str) -> dict[str, Any]:
         """Return when the hand-off's blocks became free, by the clock all processes share."""
         while handoff_id not in self._port.take_freed():
-            time.sleep(20e-6)
+            self._port.wait(1.0)
         return {"at": time.monotonic()}
 
     def digest(self, megabytes: int) -> str:
@@ -297,8 +295,6 @@ def main() -> None:
     # What a library prints must not get between the answers.
     answers = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stdout = sys.stderr
-    # A poll of 20 us is to last about that long, not 70.
-    ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
     end = ENDS[arguments.kind](arguments.seed, arguments.megabytes, *arguments.options)
     print(json.dumps("ready"), file=answers, flush=True)
     for line in sys.stdin:

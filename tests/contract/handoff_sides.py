@@ -3,6 +3,7 @@
 import gc
 import os
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -37,8 +38,10 @@ STALL_S = 1.0
 SECTION = HandoffSection(
     chunk_bytes=5 * BLOCK_BYTES, stall_timeout_s=10, lease_s=20, reads_in_flight=3
 )
-KINDS = ("inproc", "shm", "tcp", "gloo", "cuda_ipc")
-ACROSS = ("shm", "tcp", "gloo", "cuda_ipc")
+KINDS = ("inproc", "cma", "shm", "tcp", "gloo", "cuda_ipc")
+ACROSS = ("cma", "shm", "tcp", "gloo", "cuda_ipc")
+# Those whose producer copies blocks out before it announces them.
+COPIED_OUT = ("inproc", "shm", "tcp", "gloo", "cuda_ipc")
 
 
 def device_for(kinds: Iterable[str]) -> str | None:
@@ -82,9 +85,10 @@ class Side:
         transports: Mapping[Via, Transport] | None = None,
         epoch: int = EPOCH,
         device: str | None = None,
+        store: BlockStore | None = None,
     ) -> None:
         device = device or device_for(transports or section.transports)
-        self.store, self.epoch = store_of(seed, device), epoch
+        self.store, self.epoch = store or store_of(seed, device), epoch
         self.port = HandoffPort(self.store, section, epoch, transports=transports)
         self.freed: list[str] = []
         self.pulls: dict[str, EndedPull] = {}
@@ -120,8 +124,9 @@ class Side:
         return check
 
 
-def one_transport(kind: str, section: HandoffSection, seed: int, places: Places) -> Transport:
-    store = store_of(seed, device_for([kind]))
+def one_transport(
+    kind: str, section: HandoffSection, store: BlockStore, places: Places
+) -> Transport:
     shape = arena_shape(section, store)
     if kind == "inproc":
         return InprocTransport(shape, places)
@@ -130,7 +135,7 @@ def one_transport(kind: str, section: HandoffSection, seed: int, places: Places)
         from kv_transfer.cuda_ipc import CudaIpcTransport
         from tests.contract.host_device import HostDevice
 
-        return CudaIpcTransport(shape, HostDevice(f"GPU-{seed}"))
+        return CudaIpcTransport(shape, HostDevice(f"GPU-{uuid.uuid4()}"))
     named = section.model_copy(update={"transports": (kind,)})
     return transports_of(named, shape, store)[Via(kind)]
 
@@ -166,8 +171,9 @@ def open_side() -> Iterator[Open]:
     def open_side(*kinds: str, epoch: int = EPOCH, **changes: object) -> Side:
         section = SECTION.model_copy(update=changes)
         seed = len(sides)
-        transports = {Via(kind): one_transport(kind, section, seed, places) for kind in kinds}
-        sides.append(Side(section, seed, transports, epoch))
+        store = store_of(seed, device_for(kinds))
+        transports = {Via(kind): one_transport(kind, section, store, places) for kind in kinds}
+        sides.append(Side(section, seed, transports, epoch, store=store))
         return sides[-1]
 
     yield open_side

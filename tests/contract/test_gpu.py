@@ -124,7 +124,8 @@ def test_checksums_of_a_gpu_are_those_of_the_host() -> None:
 @pytest.mark.parametrize(
     ("device", "named", "found"),
     [
-        (None, ("gloo", "cuda_ipc", "nccl", "shm", "tcp"), ["shm", "tcp"]),
+        (None, ("gloo", "cuda_ipc", "nccl", "cma", "tcp"), ["cma", "tcp"]),
+        ("cpu", ("cma", "shm"), ["shm"]),
         ("cpu", ("nccl", "gloo", "shm"), ["gloo", "shm"]),
         pytest.param(
             "cuda:0",

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 
 from cluster.names import HandoffId
+from kv_transfer.blocks import Content
 from kv_transfer.protocol import CODEC, Blocks, Via
 from kv_transfer.shm import ShmTransport
 from kv_transfer.transports import arena_shape
 from tests.contract.handoff_sides import (
     BLOCK_BYTES,
+    COPIED_OUT,
     EPOCH,
     KINDS,
     NUM_BLOCKS,
@@ -25,6 +27,7 @@ from tests.contract.handoff_sides import (
     content,
     store_of,
 )
+from tests.kv_messages import announced
 from tests.waiting import wait_for
 
 
@@ -95,7 +98,7 @@ def test_refused_late_and_foreign_reads(open_side: Open, kind: str) -> None:
     assert content(consumer.store, range(1, 9)) == before
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COPIED_OUT)
 def test_damage_on_the_way_is_found_and_not_written(open_side: Open, kind: str) -> None:
     producer, consumer = open_side(kind), open_side(kind, fault="corrupt_received_block")
     before = content(consumer.store, range(1, 9))
@@ -106,7 +109,7 @@ def test_damage_on_the_way_is_found_and_not_written(open_side: Open, kind: str) 
     wait_for(producer.has_freed("h"))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", COPIED_OUT)
 def test_blocks_reused_during_the_copy_are_never_announced(open_side: Open, kind: str) -> None:
     producer, consumer = open_side(kind), open_side(kind)
     before = content(consumer.store, range(1, 9))
@@ -176,14 +179,14 @@ def test_a_full_arena_is_left_for_frames_after_a_while(open_side: Open) -> None:
     assert content(consumer.store, range(1, 300)) == content(producer.store, range(1, 300))
 
 
-@pytest.mark.parametrize("kind", ["inproc", "shm", "cuda_ipc"])
+@pytest.mark.parametrize("kind", ["inproc", "cma", "shm", "cuda_ipc"])
 def test_memory_taken_back_during_a_read_fails_the_pull(open_side: Open, kind: str) -> None:
     """Without checksums too: a reader finds out by what the slot says of itself."""
     producer, consumer = open_side(kind, checksum=False), open_side(kind, checksum=False)
     scatter = consumer.store.scatter
     reading, may_go_on = threading.Event(), threading.Event()
 
-    def slow(group: int, block_ids: Sequence[int], payload: memoryview) -> None:
+    def slow(group: int, block_ids: Sequence[int], payload: Content) -> None:
         scatter(group, block_ids, payload)
         reading.set()
         assert may_go_on.wait(10)
@@ -222,6 +225,8 @@ def test_another_life_of_the_producer_is_greeted_anew(open_side: Open) -> None:
         (("gloo", "shm"), ("tcp", "shm", "gloo"), "shm"),
         (("cuda_ipc", "gloo", "shm"), ("cuda_ipc", "gloo", "shm"), "cuda_ipc"),
         (("gloo", "shm"), ("cuda_ipc", "gloo", "shm"), "gloo"),
+        (("cma", "shm"), ("cma", "shm", "tcp"), "cma"),
+        (("shm", "tcp"), ("cma", "shm", "tcp"), "shm"),
     ],
 )
 def test_a_pair_uses_the_best_that_both_have(
@@ -274,11 +279,11 @@ def test_segments_that_cannot_be_reached_or_are_others_are_not_used(tmp_path: Pa
 def test_frames_that_claim_parcels_are_not_believed(open_side: Open) -> None:
     """A message may name any parcel of any transport: what is not there is not read."""
     consumer = open_side("shm", "tcp")
-    message = Blocks(HandoffId("h"), 0, 0, 1, BLOCK_BYTES, None, 1, Via.SHM, 2**63)
+    message = announced(2**63, BLOCK_BYTES)
     assert CODEC.decode(CODEC.encode(message)) == message
     inlet = consumer.port._transports[Via.SHM].attach(consumer.port._transports[Via.SHM].address())
     assert inlet is not None
     for parcel in (0, 1, -1, 2**63, 10**30):
-        assert inlet.open(parcel, BLOCK_BYTES, None) is None
-    assert inlet.open(5, 1 << 40, None) is None
+        assert inlet.open(announced(parcel, BLOCK_BYTES), None) is None
+    assert inlet.open(announced(5, 1 << 40), None) is None
     inlet.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kv_transfer.blocks import Content
 from kv_transfer.protocol import Via
 from tests.contract.handoff_sides import (
     ACROSS,
@@ -17,6 +18,7 @@ from tests.contract.handoff_sides import (
     Open,
     Side,
     content,
+    device_for,
     one_transport,
     store_of,
 )
@@ -24,8 +26,13 @@ from tests.contract.other_process import heard
 from tests.waiting import wait_for
 
 
+def _side(kind: str, seed: int) -> Side:
+    store = store_of(seed, device_for([kind]))
+    return Side(SECTION, seed, {Via(kind): one_transport(kind, SECTION, store, {})}, store=store)
+
+
 def _produce(kind: str, pipe: "Connection[Any, Any]") -> None:
-    side = Side(SECTION, 77, {Via(kind): one_transport(kind, SECTION, 77, {})})
+    side = _side(kind, 77)
     pipe.send(side.hold("h", range(1, 400)))
     if pipe.recv() == "slowly":
         # Deaf from here on: the consumer sits in the middle of the hand-off.
@@ -65,10 +72,10 @@ def _produce_and_stop_sending(timeout_s: float, pipe: "Connection[Any, Any]") ->
 
 
 def _consume(kind: str, pipe: "Connection[Any, Any]") -> None:
-    side = Side(SECTION, 78, {Via(kind): one_transport(kind, SECTION, 78, {})})
+    side = _side(kind, 78)
     blocked = threading.Event()
 
-    def stop(group: int, block_ids: Sequence[int], payload: memoryview) -> None:
+    def stop(group: int, block_ids: Sequence[int], payload: Content) -> None:
         pipe.send("in the middle")
         blocked.wait()
 
@@ -92,7 +99,7 @@ def test_blocks_cross_processes(open_side: Open, other: Any, kind: str) -> None:
     assert content(consumer.store, range(1, 400)) == content(store_of(77), range(1, 400))
 
 
-@pytest.mark.parametrize("kind", ACROSS)
+@pytest.mark.parametrize("kind", ["shm", "tcp", "gloo", "cuda_ipc"])
 def test_a_producer_that_is_killed_in_the_middle(open_side: Open, other: Any, kind: str) -> None:
     consumer, survivor = open_side(kind, stall_timeout_s=STALL_S), open_side(kind)
     process, pipe = other(_produce, kind)
@@ -127,6 +134,25 @@ def test_a_consumer_that_is_killed_in_the_middle(open_side: Open, other: Any, ki
     wait_for(consumer.has_ended("after"))
     assert consumer.pulls["after"].failure is None
     wait_for(producer.has_freed("h", "after"), 10)
+
+
+def test_a_producer_that_is_killed_while_its_blocks_are_read(open_side: Open, other: Any) -> None:
+    consumer = open_side("cma", stall_timeout_s=STALL_S)
+    process, pipe = other(_produce, "cma")
+    offer = heard(pipe)
+    pipe.send("at once")
+    assert heard(pipe) == "go"
+    scatter = consumer.store.scatter
+
+    def scatter_from_the_dead(group: int, block_ids: Sequence[int], payload: Content) -> None:
+        process.kill()
+        process.join()
+        scatter(group, block_ids, payload)
+
+    consumer.store.scatter = scatter_from_the_dead  # type: ignore[method-assign]
+    consumer.pull(offer, range(1, 400))
+    wait_for(consumer.has_ended("h"), 10)
+    assert "blocks could not be read: " in (consumer.pulls["h"].failure or "")
 
 
 def test_a_producer_that_is_killed_in_the_middle_of_a_send(open_side: Open, other: Any) -> None:

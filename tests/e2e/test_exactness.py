@@ -164,7 +164,7 @@ def test_decode_computes_at_most_one_prompt_token(disaggregated: Served) -> None
         assert tokens["transferred"] + tokens["reused"] + tokens["recomputed"] == len(prompt)
         assert sequence["bytes_agree"] is True
         assert sequence["received_bytes"] > 0
-        assert sequence["transport"] == "shm"
+        assert set(sequence["transport"].split("+")) <= {"cma", "shm"}
         assert answer["headers"]["x-tandem-prefill-worker"] == sequence["prefill_worker"]
         assert answer["headers"]["x-tandem-decode-worker"] == sequence["decode_worker"]
 

@@ -17,6 +17,8 @@ DAMAGED: dict[str, Any] = {
     "model__chunk_tokens": 256,
     "model__kv_cache_gib": 0.5,
     "handoff__fault": "corrupt_received_block",
+    # What is read in place has no way on which it could be damaged.
+    "handoff__transports": "shm,tcp",
     # Or no worker would ever be listed: the warm-up hand-off is damaged too.
     "cluster__warmup": False,
 }

@@ -17,6 +17,7 @@ from kv_transfer.protocol import Via
 from kv_transfer.tcp import TcpTransport
 from kv_transfer.transport import Payload, Stage, Transport
 from tests.contract.handoff_sides import SECTION, Side, content, store_of
+from tests.kv_messages import announced
 from tests.waiting import wait_for
 
 SHAPE = ArenaShape(PAGE_BYTES, 2)
@@ -104,7 +105,7 @@ class Ends:
         return stage
 
     def open(self, parcel: int, num_bytes: int) -> Future[Payload]:
-        payload = self.inlet.open(parcel, num_bytes, None)
+        payload = self.inlet.open(announced(parcel, num_bytes), None)
         assert payload is not None
         return payload
 
@@ -175,8 +176,8 @@ def test_another_chunk_than_announced_breaks_the_channel(ends: Ends) -> None:
 
 def test_what_no_chunk_can_be_is_not_received(ends: Ends) -> None:
     for num_bytes in (0, -1, SHAPE.slot_bytes + 1, 1 << 60):
-        assert ends.inlet.open(1, num_bytes, None) is None
-    assert ends.inlet.open(1, 5, memoryview(b"frame")) is None
+        assert ends.inlet.open(announced(1, num_bytes), None) is None
+    assert ends.inlet.open(announced(1, 5), memoryview(b"frame")) is None
     assert not ends.producer.can_carry(SHAPE.slot_bytes + 1, ends.door())
     assert not ends.producer.can_carry(8, "")
 

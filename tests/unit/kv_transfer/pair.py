@@ -10,7 +10,7 @@ from cluster.engine import EndedPull
 from cluster.messages import Offer
 from cluster.names import HandoffId, WorkerId
 from kv_transfer.arena import PAGE_BYTES, ArenaShape
-from kv_transfer.blocks import HostBlockStore
+from kv_transfer.blocks import Content, HostBlockStore
 from kv_transfer.consumer import Consumer, Damage, Order, Pull
 from kv_transfer.inproc import InprocTransport
 from kv_transfer.layout import BlockLayout, GroupLayout
@@ -45,7 +45,7 @@ class WatchedStore(HostBlockStore):
         super().gather(group, block_ids, into)
         self.while_gathering()
 
-    def scatter(self, group: int, block_ids: Sequence[int], payload: memoryview) -> None:
+    def scatter(self, group: int, block_ids: Sequence[int], payload: Content) -> None:
         self.scattered.append((group, tuple(block_ids)))
         super().scatter(group, block_ids, payload)
 
@@ -190,7 +190,7 @@ class Pair:
         message, payload = CODEC.decode(frame.message), None
         if isinstance(message, Blocks) and (inlet := self.inlets[message.via]) is not None:
             content = None if frame.payload is None else memoryview(frame.payload)
-            payload = inlet.open(message.parcel, message.payload_bytes, content)
+            payload = inlet.open(message, content)
         self.send(self.consumer.handle(message, payload, self.now))
 
     def tick(self, dt: float = 0.0) -> None:

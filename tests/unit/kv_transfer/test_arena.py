@@ -6,10 +6,12 @@ import pytest
 
 from cluster.names import HandoffId
 from kv_transfer.arena import MAX_SLOTS, PAGE_BYTES, Arena, ArenaInlet, ArenaShape
+from kv_transfer.blocks import host_bytes
 from kv_transfer.inproc import InprocTransport
 from kv_transfer.parcels import Parcels
 from kv_transfer.protocol import Place, Via
 from kv_transfer.transport import Stage
+from tests.kv_messages import announced
 from tests.unit.kv_transfer.pair import FrameTransport
 
 TOKEN = b"t" * 16
@@ -49,12 +51,16 @@ def test_shapes(chunk_bytes: int, arena_bytes: int, slot_bytes: int, num_slots: 
 def test_what_is_staged_is_read_until_it_is_freed() -> None:
     made, _, inlet = arena()
     stage = staged(made, b"content")
-    payload = inlet.open(stage.parcel, 7, None)
-    assert payload is not None and bytes(payload.content) == b"content" and payload.is_intact()
+    payload = inlet.open(announced(stage.parcel, 7), None)
+    assert (
+        payload is not None
+        and bytes(host_bytes(payload.content)) == b"content"
+        and payload.is_intact()
+    )
     made.free(stage.parcel)
     made.free(stage.parcel)
     assert not payload.is_intact()
-    assert inlet.open(stage.parcel, 7, None) is None
+    assert inlet.open(announced(stage.parcel, 7), None) is None
     again = staged(made, b"another")
     assert not payload.is_intact() and again.parcel != stage.parcel
     with pytest.raises(ValueError, match="released"):
@@ -74,15 +80,15 @@ def test_a_reader_believes_nothing() -> None:
     made, memory, inlet = arena()
     good = staged(made, b"x").parcel
     for parcel in (0, 1, -1, good + 1, good + 2, 2**63, 10**30):
-        assert inlet.open(parcel, 1, None) is None
+        assert inlet.open(announced(parcel, 1), None) is None
     for num_bytes in (0, -1, PAGE_BYTES + 1, 1 << 40):
-        assert inlet.open(good, num_bytes, None) is None
-    assert inlet.open(good, 1, memoryview(b"x")) is None
+        assert inlet.open(announced(good, num_bytes), None) is None
+    assert inlet.open(announced(good, 1), memoryview(b"x")) is None
     assert ArenaInlet.over(memory, b"u" * 16) is None
     assert ArenaInlet.over(memory[:-1], TOKEN) is None
     assert ArenaInlet.over(memory[:10], TOKEN) is None
     inlet.close()
-    assert inlet.open(good, 1, None) is None
+    assert inlet.open(announced(good, 1), None) is None
 
 
 def parcels() -> Parcels:
@@ -133,7 +139,8 @@ def test_a_full_way_is_passed_over_and_frames_are_not_kept_book_of() -> None:
 
 def test_ways_that_do_not_exist_or_fit_are_not_used() -> None:
     book = parcels()
-    assert book.usable(ways(Via.SHM, Via.TCP, Via.INPROC), 8) == ways(Via.TCP, Via.INPROC)
-    assert book.usable(ways(Via.INPROC, Via.TCP), PAGE_BYTES + 1) == ways(Via.TCP)
-    assert book.usable(ways(Via.INPROC), PAGE_BYTES + 1) == []
+    found = book.usable(ways(Via.SHM, Via.TCP, Via.INPROC), 8, is_held=True)
+    assert found == ways(Via.TCP, Via.INPROC)
+    assert book.usable(ways(Via.INPROC, Via.TCP), PAGE_BYTES + 1, is_held=True) == ways(Via.TCP)
+    assert book.usable(ways(Via.INPROC), PAGE_BYTES + 1, is_held=True) == []
     assert book.places([Via.SHM, Via.TCP]) == (Place(Via.TCP, ""),)

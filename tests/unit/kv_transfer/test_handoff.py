@@ -221,3 +221,24 @@ def test_failure_says_why_and_forgets_its_reads() -> None:
         failed.fail("again")
     with pytest.raises(IllegalEvent):
         failed.receive(Read(0, 0, 1))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 1), st.integers(0, 30), st.integers(1, 4)), max_size=12),
+    st.integers(1, 9),
+)
+def test_merged_reads_are_of_the_same_blocks(
+    rows: list[tuple[int, int, int]], most_blocks: int
+) -> None:
+    reads = tuple(Read(*row) for row in rows)
+    merged = ConsumerHandoff(reads, 2).merge(most_blocks).waiting
+
+    def blocks(some: tuple[Read, ...]) -> list[tuple[int, int]]:
+        ends = [(read, read.first_block + read.num_blocks) for read in some]
+        return [(read.group, at) for read, end in ends for at in range(read.first_block, end)]
+
+    assert blocks(merged) == blocks(reads)
+    longest = max((read.num_blocks for read in reads), default=0)
+    assert all(read.num_blocks <= max(most_blocks, longest) for read in merged)
+    whole = tuple(Read(0, at, 2) for at in range(0, 8, 2))
+    assert ConsumerHandoff(whole, 2).merge(100).waiting == (Read(0, 0, 8),)
