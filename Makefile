@@ -36,6 +36,8 @@ PYTEST := $(PY) -m pytest --color=$(COLOUR)
 ifeq ($(MAKE_TERMOUT),)
 export NO_COLOR := 1
 endif
+# Set, every process of every test would compile again what it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help
 help: ## list the targets
@@ -68,9 +70,11 @@ endif
 	$(PIP_INSTALL) --no-build-isolation -e .
 	touch $@
 
+# One property test compiles all of its tier, and reads for hypothesis, what a first run would. If it
+# fails, the tier says so.
 $(DEV_STAMP): $(RUNTIME_STAMP) $(LOCKS)/dev.txt
 	$(PIP_INSTALL) -r $(LOCKS)/dev.txt
-	$(PYTEST) tests/unit --collect-only --quiet > /dev/null # compiles what a first run would
+	-$(PYTEST) tests/unit --quiet -k test_messages_survive_the_wire > /dev/null
 	touch $@
 
 .PHONY: system-deps
@@ -129,10 +133,12 @@ fmt: $(DEV_STAMP) ## format and apply safe lint fixes
 unit: $(DEV_STAMP) ## the unit tier: no Ray, no sockets, under 10 s
 	$(PYTEST) tests/unit -n 2 --dist loadfile --durations=3 $(ARGS)
 
-# What waits for processes most of the time runs beside another such file, the rest by itself.
+# What neither times anything nor needs both cores runs beside another such file, the longest of them
+# first and the shortest last; the rest by itself.
 define other-tiers
-	$(PYTEST) tests/contract tests/integration -m "not alone$(1)" -n 2 --dist loadfile $(ARGS)
-	$(PYTEST) tests/integration tests/e2e tests/chaos -m "alone$(1)" $(ARGS)
+	$(PYTEST) tests/e2e tests/chaos tests/contract tests/integration -m "not alone$(1)" \
+		-n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) tests/e2e tests/chaos -m "alone$(1)" $(ARGS)
 endef
 
 .PHONY: test

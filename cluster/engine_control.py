@@ -1,8 +1,10 @@
-"""The worker's line into its engine's scheduler process: local sockets, one each way.
+"""The worker's lines into its engine's processes: local sockets, each of them one way.
 
 vLLM has no call that reads its block pool or drops a held KV cache, and its error outputs carry
 no reason; its connector runs beside the scheduler and answers here. Nor does vLLM say when it
-begins to compute a prompt: the connector does, on a line of its own.
+begins to compute a prompt: the connector does, on a line of its own. And what vLLM's scheduler
+tells its ranks comes with a step, after those scheduled before it: what has no such time is said
+on a line to each rank.
 """
 
 import os
@@ -16,7 +18,7 @@ from cluster.messages import Holder, Offer
 from cluster.pairing import CacheLayout
 from cluster.wire import Codec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 # Behind the control endpoint: where the engine tells its news.
 NEWS_SUFFIX = "-news"
 
@@ -26,6 +28,32 @@ def bind_locally(socket: Any, address: str) -> None:
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.IPC_FILTER_UID, os.getuid())
     socket.bind(address)
+
+
+class RankLines:
+    """Says things to every rank of an engine, from one thread; never waits for them."""
+
+    def __init__(self, control_endpoint: str, num_ranks: int) -> None:
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._sockets = [context.socket(zmq.PUSH) for _ in range(num_ranks)]
+        for rank, socket in enumerate(self._sockets):
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.setsockopt(zmq.SNDHWM, 0)
+            socket.connect(rank_endpoint(control_endpoint, rank))
+
+    def send(self, message: "Attend | HoldNow") -> None:
+        frame = CODEC.encode(message)
+        for socket in self._sockets:
+            socket.send(frame)
+
+    def close(self) -> None:
+        for socket in self._sockets:
+            socket.close()
+
+
+def rank_endpoint(control_endpoint: str, rank: int) -> str:
+    """Return where the connector of one rank listens."""
+    return f"{control_endpoint}-rank-{rank}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +105,32 @@ class Begun:
     offer: Offer
 
 
+@dataclass(frozen=True, slots=True)
+class Attend:
+    """To a rank: there is, or is about to be, something to schedule; do not sleep over it."""
+
+
+@dataclass(frozen=True, slots=True)
+class HoldNow:
+    """Engine to rank: a prompt is finished. `block_ids` are its blocks by group and position,
+    `first_token` what was sampled from it; with the next step the same is said once more."""
+
+    handoff_id: str
+    request_id: str
+    block_ids: tuple[tuple[int, ...], ...]
+    first_token: int
+
+
 CODEC = Codec(
     PROTOCOL_VERSION,
-    {1: AskLoad, 2: DropHandoffs, 3: BlockLoad, 4: AskFailure, 5: PullFailure, 6: Begun},
+    {
+        1: AskLoad,
+        2: DropHandoffs,
+        3: BlockLoad,
+        4: AskFailure,
+        5: PullFailure,
+        6: Begun,
+        7: Attend,
+        8: HoldNow,
+    },
 )

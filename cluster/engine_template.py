@@ -23,6 +23,7 @@ from contextlib import suppress
 import setproctitle
 
 from cluster.forked_worker import become_worker
+from cluster.imports import uncollected
 from cluster.worker_process import MAX_REQUEST_BYTES, REQUEST, ForkRequest, send
 from cluster.worker_spec import load
 
@@ -124,9 +125,10 @@ def warm_up(request: ForkRequest) -> None:
     """Import what workers will; what fails here fails again in the worker, which reports it."""
     spec = request.spec
     try:
-        for path in (spec.engine, *spec.roles.values()):
-            load(path)
-        load("cluster.vllm_engine:import_engine")(spec.config.model)
+        with uncollected():
+            for path in (spec.engine, *spec.roles.values()):
+                load(path)
+            load("cluster.vllm_engine:import_engine")(spec.config.model)
     except Exception:
         logger.exception("the template could not import everything")
     # Forks share these pages until someone writes: the collector must not.

@@ -13,7 +13,7 @@ import torch
 _SPIN_S = 0.001
 # An idle reader looks for itself this often at first, and ever more rarely.
 _FIRST_POLL_MS = 1
-_POLL_SHARE_OF_IDLE = 0.05
+_POLL_SHARE_OF_IDLE = 0.2
 
 
 class RewindableGenerator(torch.Generator):  # type: ignore[misc]  # torch is untyped here
@@ -64,7 +64,7 @@ def sleep_when_idle() -> None:
     vLLM's readers spin for a second after each message (`shm_broadcast.py`, `SpinCondition`):
     right where a GPU computes, but here the idle engine of one role takes the core from
     everything else on it. A sleeping reader can miss the writer's notice, so it also looks for
-    itself, and waits at most a twentieth longer than it has been idle.
+    itself, and waits at most a fifth longer than it has been idle.
     """
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 

@@ -45,10 +45,12 @@ from cluster.engine_control import (
     NEWS_SUFFIX,
     AskFailure,
     AskLoad,
+    Attend,
     Begun,
     BlockLoad,
     DropHandoffs,
     PullFailure,
+    RankLines,
     bind_locally,
 )
 from cluster.messages import PrefillStats, Receipt
@@ -153,6 +155,7 @@ class VllmEngine:
         self._continued: set[str] = set()
         self._client: AsyncMPClient | None = None
         self._news: zmq.asyncio.Socket | None = None
+        self._lines: RankLines | None = None
         self._control_lock = asyncio.Lock()
 
     async def start(self) -> EngineFacts:
@@ -172,6 +175,7 @@ class VllmEngine:
         self._news = zmq.asyncio.Context.instance().socket(zmq.PULL)
         bind_locally(self._news, self._control_endpoint + NEWS_SUFFIX)
         load = await self._ask_load(AskLoad())
+        self._lines = RankLines(self._control_endpoint, len(load.endpoints))
         return EngineFacts(
             model=self._settings.model.name,
             block_size=load.block_size,
@@ -246,6 +250,7 @@ class VllmEngine:
                 priority=request.priority,
             )
         )
+        self._wake()
 
     def _sampling(self, request: EngineRequest) -> SamplingParams:
         words = self._settings.words
@@ -331,10 +336,18 @@ class VllmEngine:
         self._running.difference_update(request_ids)
         self._continued.difference_update(request_ids)
         await self._core.abort_requests_async(list(request_ids))
+        self._wake()
 
     async def release(self, handoff_ids: Sequence[HandoffId]) -> None:
         """Free held KV caches that nobody will pull; unknown ones are ignored."""
         await self._ask_load(DropHandoffs(tuple(handoff_ids)))
+        self._wake()
+
+    def _wake(self) -> None:
+        """An engine that only waits for hand-offs sleeps in its ranks, not where it hears of
+        requests."""
+        if self._lines is not None:
+            self._lines.send(Attend())
 
     async def load(self) -> EngineLoad:
         blocks = await self._ask_load(AskLoad())
@@ -375,6 +388,9 @@ class VllmEngine:
             await asyncio.to_thread(self._client.shutdown, _STOP_S)
         if self._news is not None:
             self._news.close()
+        if self._lines is not None:
+            self._lines.close()
+            self._lines = None
 
     @property
     def _core(self) -> AsyncMPClient:

@@ -26,10 +26,13 @@ from cluster.engine_control import (
     NEWS_SUFFIX,
     AskFailure,
     AskLoad,
+    Attend,
     Begun,
     BlockLoad,
     DropHandoffs,
+    HoldNow,
     PullFailure,
+    RankLines,
     bind_locally,
 )
 from cluster.messages import Holder, Offer, Receipt
@@ -48,6 +51,7 @@ from kv_transfer.protocol import (
     offer_to_consume,
     offered_params,
 )
+from kv_transfer.rank_line import NAP_S
 
 if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
@@ -57,6 +61,9 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+# Whatever ends the waiting of those that only wait for hand-offs is said to the ranks, and ends
+# their sleep. This bounds what sleeping costs, and being late should nobody have said so.
+_SLEEP_S = 0.5
 # Of these caches a full block stays as it is.
 _ONE_TOKEN_ONE_PLACE = (
     FullAttentionSpec,
@@ -80,8 +87,11 @@ class SchedulerHalf:
         self._prompts: dict[str, tuple[HandoffId, Request]] = {}
         self._progress = Progress(list(map(_finished_size, kv_cache_config.kv_cache_groups)))
         self._news: zmq.Socket[bytes] | None = None
+        self._lines: RankLines | None = None
+        self._was_idle = False
         self._offers: dict[str, Offer] = {}
         self._awaiting: dict[str, Request] = {}
+        self._unfinished: set[str] = set()
         self._pulling: set[str] = set()
         self._held: dict[str, tuple[HandoffId, int, float]] = {}
         self._receipts: dict[str, Receipt] = {}
@@ -102,11 +112,13 @@ class SchedulerHalf:
         ranked: list[PortAddress] = [addresses[rank] for rank in sorted(addresses)]
         self._endpoints = tuple(address.endpoint for address in ranked)
         self._layout = ranked[0].layout
+        self._lines = RankLines(self._settings.control_endpoint, len(ranked))
         self._control.start()
 
     def on_new_request(self, request: "Request") -> None:
         """Keep the lease of an offer alive while its request waits for local blocks."""
         key, params = request.request_id, request.kv_transfer_params
+        self._unfinished.add(key)
         handoff_id, offer = handoff_to_produce(params), offer_to_consume(params)
         if handoff_id is not None:
             self._prompts[key] = handoff_id, request
@@ -162,11 +174,21 @@ class SchedulerHalf:
     def take_orders(self, step: "SchedulerOutput") -> Orders:
         """Return what the worker halves are to do with this step, before it computes."""
         self._follow(step)
-        self._orders.is_idle = step.total_num_scheduled_tokens == 0
+        is_idle = step.total_num_scheduled_tokens == 0
+        if self._was_idle and not is_idle:
+            # Where steps are scheduled ahead, ranks may be asleep in the one before.
+            self._say(Attend())
+        self._was_idle = is_idle
+        self._orders.patience_s = self._patience_s() if is_idle else None
         while self._drops:
             self._orders.drops.append(self._drops.popleft())
         orders, self._orders = self._orders, Orders()
         return orders
+
+    def _patience_s(self) -> float:
+        """Return how long ranks may sleep: what is not waited for at a port, as the compilation of
+        a grammar, vLLM asks after at every step."""
+        return _SLEEP_S if self._unfinished <= self._pulling else NAP_S
 
     def _follow(self, step: "SchedulerOutput") -> None:
         """Let what earlier steps have finished of open prompts be pulled during this one."""
@@ -198,6 +220,10 @@ class SchedulerHalf:
         growth = self._progress.step(key, blocks, num_computed)
         if growth is not None:
             self._orders.grown.append(growth)
+
+    def _say(self, message: Attend | HoldNow) -> None:
+        assert self._lines is not None, "ranks are known before the first request"
+        self._lines.send(message)
 
     def _tell(self, begun: Begun) -> None:
         if self._news is None:
@@ -242,6 +268,7 @@ class SchedulerHalf:
     ) -> tuple[bool, dict[str, Any] | None]:
         """Return whether the request's blocks stay held, and what to tell the router."""
         key = request.request_id
+        self._unfinished.discard(key)
         handoff_id = handoff_to_produce(request.kv_transfer_params)
         if handoff_id is not None:
             self._prompts.pop(key, None)
@@ -268,6 +295,9 @@ class SchedulerHalf:
     ) -> Offer:
         frozen = tuple(tuple(group) for group in block_ids)
         first_token = int(request.output_token_ids[0])
+        # The next step may have been scheduled already, and the one that brings this order is
+        # behind it.
+        self._say(HoldNow(handoff_id, request.request_id, frozen, first_token))
         self._orders.holds.append(Hold(handoff_id, request.request_id, frozen, first_token))
         num_blocks = sum(map(len, frozen))
         self._held[request.request_id] = (handoff_id, num_blocks, time.monotonic())
@@ -291,6 +321,8 @@ class SchedulerHalf:
         self._is_closing = True
         if self._news is not None:
             self._news.close()
+        if self._lines is not None:
+            self._lines.close()
 
     # The control socket's thread. Reads are of single attributes; orders go through a deque.
 

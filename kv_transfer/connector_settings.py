@@ -46,10 +46,14 @@ class PortAddress(KVConnectorHandshakeMetadata):
 
 @dataclass
 class Orders(KVConnectorMetadata):
-    """Scheduler half to worker halves, with each step, and carried out before it computes. In an
-    idle one nothing is computed."""
+    """Scheduler half to worker halves, with each step.
 
-    is_idle: bool = False
+    What is about blocks to be read is carried out before the step computes; pulls begin when
+    vLLM is done with their blocks, which can be after it. `patience_s` is how long a step that
+    computes nothing waits for news of the port, None if it computes.
+    """
+
+    patience_s: float | None = None
     opened: list[tuple[HandoffId, str]] = field(default_factory=list)
     revoked: list[HandoffId] = field(default_factory=list)
     grown: list[Growth] = field(default_factory=list)

@@ -16,17 +16,13 @@ from kv_transfer.layout import BlockLayout, GroupLayout, TokenShape
 from kv_transfer.packed_blocks import PackedBlockStore
 from kv_transfer.port import HandoffPort
 from kv_transfer.protocol import Via
+from kv_transfer.rank_line import RankLine
 from kv_transfer.tensor_blocks import TensorBlockStore
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorMetadata
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
-
-
-# What a step that computes nothing waits for the port to have news, instead of asking it every
-# millisecond; a request that comes meanwhile is scheduled as much later.
-_IDLE_WAIT_S = 0.005
 
 
 class UnsupportedCache(ValueError):
@@ -84,10 +80,11 @@ class WorkerHalf:
         self._kv_cache_config = kv_cache_config
         self._rank = get_tensor_model_parallel_rank()
         self._port: HandoffPort | None = None
+        self._line: RankLine | None = None
         self._store: BlockStore | None = None
         self._report: WorkerReport | None = None
         self._last_totals: dict[str, int] = {}
-        self._is_idle = False
+        self._patience_s: float | None = None
 
     def register(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Open the port over the engine's KV tensors; raise `ValueError` if they cannot go."""
@@ -124,6 +121,8 @@ class WorkerHalf:
             self._vllm_config.scheduler_config.max_num_batched_tokens,
             keys=key_source(settings.keys),
         )
+        num_ranks = self._vllm_config.parallel_config.tensor_parallel_size
+        self._line = RankLine(settings.control_endpoint, self._rank, num_ranks, self._port)
         self._layout = store.layout.outline()
 
     def _shapes(
@@ -157,12 +156,12 @@ class WorkerHalf:
     def address(self) -> PortAddress | None:
         return PortAddress(self._port.endpoint, self._layout) if self._port else None
 
-    def carry_out(self, orders: "KVConnectorMetadata") -> None:
-        """Hand this step's orders to the port's thread."""
-        assert isinstance(orders, Orders) and self._port is not None
-        self._is_idle = orders.is_idle
-        if isinstance(self._store, TensorBlockStore):
-            self._store.follow()
+    def prepare(self, orders: "KVConnectorMetadata") -> None:
+        """Hand what is to be known before this step computes to the port's thread: the step may
+        use revoked blocks again, and lasts too long for others to wait for finished ones."""
+        assert isinstance(orders, Orders) and self._port is not None and self._line is not None
+        self._patience_s = orders.patience_s
+        self._follow()
         for handoff_id, key in orders.opened:
             self._port.open(handoff_id, key)
         for handoff_id in orders.revoked:
@@ -170,11 +169,18 @@ class WorkerHalf:
         for growth in orders.grown:
             self._port.grow(growth)
         for hold in orders.holds:
-            self._port.hold(hold)
+            self._line.hold(hold)
         for handoff_id, key in orders.abandoned:
             self._port.abandon(handoff_id, key)
         for handoff_id in orders.drops:
             self._port.abort(handoff_id)
+
+    def begin_pulls(self, orders: "KVConnectorMetadata") -> None:
+        """Hand what is to be pulled, or not any more, to the port's thread. vLLM calls this when
+        it has cleared new blocks where a model needs that, and mostly after the step."""
+        assert isinstance(orders, Orders) and self._port is not None
+        if orders.pulls:
+            self._follow()
         for offer in orders.announced:
             self._port.announce(offer)
         for offer in orders.given_up:
@@ -184,12 +190,18 @@ class WorkerHalf:
         for key in orders.cancels:
             self._port.cancel(key)
 
+    def _follow(self) -> None:
+        if isinstance(self._store, TensorBlockStore):
+            self._store.follow()
+
     def take_results(self) -> KVConnectorTransferResults:
         """Return, each key once, the holds and pulls that ended since the last step."""
-        assert self._port is not None
-        if self._is_idle:
-            self._port.wait(_IDLE_WAIT_S)
+        assert self._port is not None and self._line is not None
+        if self._patience_s is not None:
+            self._line.wait(self._patience_s)
         freed, pulls = self._port.take_freed(), self._port.take_pulls()
+        if self._patience_s is not None and (freed or pulls):
+            self._line.rouse()
         failures = {pull.key: pull.failure for pull in pulls if pull.failure}
         totals = self._port.totals()
         if pulls or totals != self._last_totals:
@@ -208,5 +220,7 @@ class WorkerHalf:
         return report
 
     def close(self) -> None:
+        if self._line is not None:
+            self._line.close()
         if self._port is not None:
             self._port.close()

@@ -154,9 +154,13 @@ class HandoffPort:
         self._command(lambda: self._send(self.consumer.cancel(key)))
 
     def wait(self, timeout_s: float) -> None:
-        """Return as soon as a hold or a pull has ended since the last call."""
+        """Return as soon as a hold or a pull has ended since the last call, or `wake` is called."""
         self._has_news.wait(timeout_s)
         self._has_news.clear()
+
+    def wake(self) -> None:
+        """End a wait, the next one if there is none; from any thread."""
+        self._has_news.set()
 
     def take_freed(self) -> list[str]:
         """Return and forget the engine keys whose holds ended since the last call."""

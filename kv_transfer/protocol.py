@@ -11,8 +11,7 @@ blocks that are not computed yet is answered when they are.
 3. blocks leave while the prompt is computed: `Filling`; `Blocks` say for how long it has been
    complete and bring the first token.
 4. reads name, with each way, where its reader is found: some ways make the producer connect.
-5. `Blocks` name blocks that their reader copies from where they are.
-6. `cuda_ipc`: a way that those before do not know the name of.
+5. `cuda_ipc`; `cma`: `Blocks` name blocks that their reader copies from where they are.
 """
 
 import enum
@@ -24,7 +23,7 @@ from cluster.messages import Offer
 from cluster.names import HandoffId, WorkerId
 from cluster.wire import Codec
 
-PROTOCOL_VERSION = 6
+PROTOCOL_VERSION = 5
 
 
 class Refusal(enum.StrEnum):

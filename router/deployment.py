@@ -23,6 +23,7 @@ from ray import serve
 from cluster.config import TandemConfig
 from cluster.errors import Unavailable, summarise
 from cluster.exporter import Exporter
+from cluster.imports import uncollected
 from cluster.keyring import Keyring
 from cluster.load import RouterLoad
 from cluster.metrics import READY_LINKS, WAITING_REQUESTS
@@ -159,7 +160,8 @@ class RouterReplica:
         bind_host: str | None = None,
     ) -> None:
         # vLLM's front-end takes seconds to import and only replicas need it.
-        from router.app import build_frontend
+        with uncollected():
+            from router.app import build_frontend
 
         self._view = ControllerView(start_controller, deployed)
         # A configuration that the workers are not fit for is refused: then we are not, either.

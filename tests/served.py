@@ -82,6 +82,15 @@ class Served:
         document: dict[str, Any] = response.json()
         return document
 
+    def state(self) -> dict[str, Any]:
+        """Return what the controller says of the deployment, empty while it does not answer."""
+        with contextlib.suppress(httpx.HTTPError):
+            answer = self.client.get("/admin/state")
+            if answer.status_code == 200:
+                document: dict[str, Any] = answer.json()
+                return document
+        return {}
+
     def workers(self) -> dict[str, dict[str, Any]]:
         """Return what the router knows of each worker, by id."""
         document = self.client.get("/debug/pinned").json()
@@ -144,14 +153,6 @@ def tandem_command(name: str, port: int, flags: Mapping[str, Any], verb: str) ->
         else:
             command += [f"--{path}", value if isinstance(value, str) else json.dumps(value)]
     return command
-
-
-def tandem_status(name: str) -> dict[str, Any]:
-    """Return what `tandem status` says of the deployment, empty while nobody answers."""
-    command = [sys.executable, "-m", "deploy.cli", "status", "--name", name, "--json"]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    document: dict[str, Any] = json.loads(output.stdout) if output.stdout else {}
-    return document
 
 
 @contextlib.contextmanager

@@ -65,6 +65,9 @@ TO_ENGINE = [
     engine_control.AskFailure("r"),
     engine_control.PullFailure("why"),
     engine_control.BlockLoad(9, 9, 0, 0, ("tcp://k",), CacheLayout("f", {"b": 1}), 16, {"a": 1}),
+    engine_control.Begun("r", OFFER),
+    engine_control.Attend(),
+    engine_control.HoldNow("h", "r", ((3, 4), ()), 17),
 ]
 # Every protocol's codec with a message of each of its kinds.
 PROTOCOLS: dict[str, tuple[Codec, list[Any]]] = {

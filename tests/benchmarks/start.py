@@ -32,7 +32,7 @@ from tests.benchmarks.engine_settings import (
 )
 from tests.benchmarks.roles import PERIOD_S, RoleTimes, time_roles
 from tests.benchmarks.sections import table, write_section
-from tests.served import monolith, tandem, tandem_status, wait_until
+from tests.served import Served, monolith, tandem, wait_until
 
 NAME = "bench-start"
 NUM_ROUNDS = 3
@@ -41,20 +41,20 @@ LIMIT = 0.5
 ROLE_LIMIT_S = 1.0
 
 
-def decode_worker() -> dict[str, Any] | None:
+def decode_worker(served: Served) -> dict[str, Any] | None:
     """Return the status of the deployment's decode worker, once it serves."""
-    workers = tandem_status(NAME)["workers"]
+    workers = served.state().get("workers", [])
     found = [w for w in workers if w["role"] == "decode" and w["state"] == "ready"]
     return found[0] if found else None
 
 
-def time_replacement() -> float:
+def time_replacement(served: Served) -> float:
     """Kill the decode worker and return how long its replacement took to start, in seconds."""
-    killed = wait_until(decode_worker, REPLACED_WITHIN_S, "a decode worker serves")
+    killed = wait_until(lambda: decode_worker(served), REPLACED_WITHIN_S, "a decode worker serves")
     psutil.Process(killed["pid"]).kill()
 
     def replacement() -> dict[str, Any] | None:
-        worker = decode_worker()
+        worker = decode_worker(served)
         return worker if worker and worker["worker_id"] != killed["worker_id"] else None
 
     worker = wait_until(replacement, REPLACED_WITHIN_S, "the replacement serves")
@@ -127,10 +127,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=NUM_ROUNDS)
     rounds = parser.parse_args().rounds
     template = asyncio.run(time_template(BUNDLED_MODEL))
-    with tandem(NAME, **tandem_settings()):
+    with tandem(NAME, **tandem_settings()) as served:
         ours, theirs = [], []
         for _ in range(rounds):
-            ours.append(time_replacement())
+            ours.append(time_replacement(served))
             theirs.append(time_monolith(BUNDLED_MODEL))
     cold, is_cold_held = cold_start(ours, theirs)
     changes, are_changes_held = new_roles(time_roles(rounds, **tandem_settings()))

@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from tests.background_load import BackgroundLoad
-from tests.served import Served, tandem, tandem_status, wait_until
+from tests.served import Served, tandem, wait_until
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(400)]
 
@@ -39,11 +39,11 @@ def controller_of(served: Served) -> psutil.Process:
 
 def test_nobody_notices_a_dead_controller_and_the_next_one_adopts_everything() -> None:
     with tandem(NAME, **FLAGS) as served:
-        before = {w["worker_id"]: w["pid"] for w in tandem_status(NAME)["workers"]}
+        before = {w["worker_id"]: w["pid"] for w in served.state()["workers"]}
         ratios: list[float] = []
         while len(ratios) < MOST_ROUNDS and min(ratios, default=math.inf) > LIMIT:
             ratios.append(ttft_without_a_controller(served, epoch=len(ratios) + 2))
-            after = tandem_status(NAME)
+            after = served.state()
             assert {w["worker_id"]: w["pid"] for w in after["workers"]} == before
             assert [w["state"] for w in after["workers"]] == ["ready"] * 10
     assert min(ratios) <= LIMIT, ratios
@@ -60,7 +60,7 @@ def ttft_without_a_controller(served: Served, epoch: int) -> float:
         time.sleep(DEAD_S)  # how long it is to be dead
         killed_s = load.elapsed_s
         controller.kill()
-        wait_until(lambda: tandem_status(NAME).get("epoch") == epoch, 60, "the next controller")
+        wait_until(lambda: served.state().get("epoch") == epoch, 60, "the next controller")
     report = load.result()
     assert report.failures == []
     reference = report.ttft_quantile(0.99, WARM_S, stopped_s)

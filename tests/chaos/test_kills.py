@@ -17,7 +17,7 @@ from cluster.names import RouterId, WorkerId
 from cluster.request_plane import WorkerLink
 from cluster.sockets import Sockets
 from tests.prompts import prompt_of
-from tests.served import Served, tandem, tandem_status, wait_until
+from tests.served import Served, tandem, wait_until
 
 pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
 
@@ -41,11 +41,11 @@ def expected(deployment: Served) -> list[list[int]]:
     return [deployment.tokens(prompt, **PARAMETERS) for prompt in PROMPTS]
 
 
-def ready_worker(role: str) -> dict[str, Any]:
+def ready_worker(served: Served, role: str) -> dict[str, Any]:
     """Return the status of a pool's worker, once it serves."""
 
     def find() -> dict[str, Any] | None:
-        workers = tandem_status(NAME)["workers"]
+        workers = served.state().get("workers", [])
         return next((w for w in workers if w["role"] == role and w["state"] == "ready"), None)
 
     return wait_until(find, REPLACED_WITHIN_S, f"a {role} worker serves")
@@ -87,7 +87,7 @@ KILLS: dict[str, Callable[[dict[str, psutil.Process]], list[psutil.Process]]] = 
 def test_prefill_worker_killed_in_a_transfer(
     deployment: Served, expected: list[list[int]], victim: str
 ) -> None:
-    processes = family(ready_worker("prefill")["pid"])
+    processes = family(ready_worker(deployment, "prefill")["pid"])
     recent = deployment.client.get("/admin/requests?limit=10000").json()["requests"]
     known = {record["exchange_id"] for record in recent}
     with ThreadPoolExecutor(len(PROMPTS)) as pool:
@@ -99,18 +99,18 @@ def test_prefill_worker_killed_in_a_transfer(
         assert not alive, f"left {GONE_WITHIN_S:g} s after the kill: {alive}"
         answers = [future.result(timeout=120) for future in futures]
     assert answers == expected
-    ready_worker("prefill")
+    ready_worker(deployment, "prefill")
 
 
 def test_decode_worker_killed_is_replaced_and_nothing_hangs(
     deployment: Served, expected: list[list[int]]
 ) -> None:
     """Streams that had begun end with an error, all others are answered; none hangs."""
-    processes = family(ready_worker("decode")["pid"])
+    processes = family(ready_worker(deployment, "decode")["pid"])
     processes["EngineCore"].kill()
     _, alive = psutil.wait_procs(processes.values(), timeout=GONE_WITHIN_S)
     assert not alive
-    replacement = ready_worker("decode")
+    replacement = ready_worker(deployment, "decode")
     assert replacement["pid"] != processes["actor"].pid
     wait_until(deployment.is_healthy, 30, "healthy again")
     assert deployment.tokens(PROMPTS[0], **PARAMETERS) == expected[0]
@@ -138,7 +138,7 @@ async def snapshot_of(worker: dict[str, Any], wanted: Callable[[WorkerSnapshot],
 def test_a_killed_router_leaves_nothing_on_the_workers(
     deployment: Served, expected: list[list[int]]
 ) -> None:
-    workers = [ready_worker(role) for role in ("prefill", "decode")]
+    workers = [ready_worker(deployment, role) for role in ("prefill", "decode")]
     tree = psutil.Process(deployment.process.pid).children(recursive=True)
     (router,) = [p for p in tree if "ServeReplica" in " ".join(p.cmdline())]
     clients = [

@@ -13,9 +13,9 @@ from cluster.ray_plane import find_controller
 from tests.background_load import BackgroundLoad
 from tests.cut_streams import only_cut_streams_failed
 from tests.on_cluster import NODE, ray_cluster, tandem_on
-from tests.served import Served, tandem_status, wait_until
+from tests.served import Served, wait_until
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.timeout(400)
 
 NAME = f"test-node-loss-{os.getpid()}"
 FLAGS: dict[str, Any] = {
@@ -45,17 +45,17 @@ def served(cluster: Cluster) -> Iterator[Served]:
         yield served
 
 
-def status() -> dict[str, Any]:
+def status(served: Served) -> dict[str, Any]:
     """Return what the controller says, once it answers: it may be slow while nodes die."""
-    return wait_until(lambda: tandem_status(NAME), 60, "the controller answers")
+    return wait_until(lambda: served.state() or None, 60, "the controller answers")
 
 
-def nodes_of_ready() -> list[str]:
-    return [w["node"] for w in status()["workers"] if w["state"] == "ready"]
+def nodes_of_ready(served: Served) -> list[str]:
+    return [w["node"] for w in status(served)["workers"] if w["state"] == "ready"]
 
 
-def workers_on(node_id: str) -> list[str]:
-    return [w["worker_id"] for w in status()["workers"] if w["node"] == node_id]
+def workers_on(served: Served, node_id: str) -> list[str]:
+    return [w["worker_id"] for w in status(served)["workers"] if w["node"] == node_id]
 
 
 def scale(prefill: int, decode: int) -> None:
@@ -66,17 +66,21 @@ def test_pools_converge_after_a_node_dies_while_they_grow(cluster: Cluster, serv
     second = cluster.add_node(**NODE, num_cpus=CPUS, labels={"tandem/s1": "b"})
     with BackgroundLoad(served, lambda _: 6.0, 100, 60) as load:
         scale(3, 3)  # the first switch is full: the third unit goes to the second node
-        wait_until(lambda: second.node_id in nodes_of_ready(), 60, "workers on the second node")
+        wait_until(
+            lambda: second.node_id in nodes_of_ready(served), 60, "workers on the second node"
+        )
         scale(4, 4)
-        wait_until(lambda: len(workers_on(second.node_id)) == CPUS, 60, "the fourth unit starts")
-        lost = workers_on(second.node_id)
+        wait_until(
+            lambda: len(workers_on(served, second.node_id)) == CPUS, 60, "the fourth unit starts"
+        )
+        lost = workers_on(served, second.node_id)
         cluster.remove_node(second, allow_graceful=False)
-        wait_until(lambda: second.node_id not in nodes_of_ready(), 60, "its workers are gone")
-        assert len(nodes_of_ready()) == 4
-        wait_until(lambda: status()["unplaced"], 30, "what has no room says so")
+        wait_until(lambda: second.node_id not in nodes_of_ready(served), 60, "its workers are gone")
+        assert len(nodes_of_ready(served)) == 4
+        wait_until(lambda: status(served)["unplaced"], 30, "what has no room says so")
         cluster.add_node(**NODE, num_cpus=CPUS, labels={"tandem/s1": "c"})
-        wait_until(lambda: len(nodes_of_ready()) == 8, 90, "eight workers again")
-        assert status()["unplaced"] == []
+        wait_until(lambda: len(nodes_of_ready(served)) == 8, 90, "eight workers again")
+        assert status(served)["unplaced"] == []
     assert only_cut_streams_failed(served, load.result(), lost), "streams ran on the dead node"
     groups = [g for g in placement_group_table().values() if g["state"] != "REMOVED"]
     assert len(groups) == 8

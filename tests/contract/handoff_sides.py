@@ -3,7 +3,6 @@
 import gc
 import os
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
@@ -124,9 +123,7 @@ class Side:
         return check
 
 
-def one_transport(
-    kind: str, section: HandoffSection, store: BlockStore, places: Places
-) -> Transport:
+def _transport(kind: str, section: HandoffSection, store: BlockStore, places: Places) -> Transport:
     shape = arena_shape(section, store)
     if kind == "inproc":
         return InprocTransport(shape, places)
@@ -135,9 +132,23 @@ def one_transport(
         from kv_transfer.cuda_ipc import CudaIpcTransport
         from tests.contract.host_device import HostDevice
 
-        return CudaIpcTransport(shape, HostDevice(f"GPU-{uuid.uuid4()}"))
+        return CudaIpcTransport(shape, HostDevice(f"GPU-{os.urandom(4).hex()}"))
     named = section.model_copy(update={"transports": (kind,)})
     return transports_of(named, shape, store)[Via(kind)]
+
+
+def side_over(
+    kinds: Iterable[str],
+    section: HandoffSection,
+    seed: int,
+    places: Places | None = None,
+    epoch: int = EPOCH,
+) -> Side:
+    """Return a side that has just these ways, in this order."""
+    kinds = tuple(kinds)
+    store, found = store_of(seed, device_for(kinds)), {} if places is None else places
+    transports = {Via(kind): _transport(kind, section, store, found) for kind in kinds}
+    return Side(section, seed, transports, epoch, store=store)
 
 
 Open = Callable[..., Side]
@@ -170,10 +181,7 @@ def open_side() -> Iterator[Open]:
 
     def open_side(*kinds: str, epoch: int = EPOCH, **changes: object) -> Side:
         section = SECTION.model_copy(update=changes)
-        seed = len(sides)
-        store = store_of(seed, device_for(kinds))
-        transports = {Via(kind): one_transport(kind, section, store, places) for kind in kinds}
-        sides.append(Side(section, seed, transports, epoch, store=store))
+        sides.append(side_over(kinds, section, len(sides), places, epoch))
         return sides[-1]
 
     yield open_side

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -31,6 +32,8 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 # Nobody listens on this port; connecting to it waits without an error.
 NOWHERE = "tcp://127.0.0.1:9"
+# Half of what a sleeping engine would take over each, and many times what a step takes.
+NUM_BESIDE, BESIDE_S = 5, 0.25
 
 
 @pytest_asyncio.fixture(
@@ -313,6 +316,22 @@ async def test_abort_while_pulling(engines: Engines) -> None:
     await engines.consumer.frees_all(engines.start[1])
     assert pulling.request_id not in engines.consumer.outputs, "no output follows an abort"
     await engines.producer.engine.release([offer.handoff_id])
+
+
+async def test_a_request_beside_a_pull_does_not_wait_for_it(engines: Engines) -> None:
+    """An engine with nothing but a pull to wait for sleeps; what is submitted wakes it."""
+    request, offer = await engines.produced()
+    nowhere = replace(offer, endpoints=(NOWHERE,))
+    pulling = engines.request(prompt_token_ids=request.prompt_token_ids, consume=nowhere)
+    await engines.consumer.engine.submit(pulling)
+    began = time.monotonic()
+    for _ in range(NUM_BESIDE):
+        await engines.consumer.run(engines.request(20, sampling={**GREEDY, "max_tokens": 1}))
+    taken_s = time.monotonic() - began
+    assert not engines.consumer.outputs.get(pulling.request_id), "the pull is over"
+    await engines.consumer.engine.abort([pulling.request_id])
+    await engines.producer.engine.release([offer.handoff_id])
+    assert taken_s / NUM_BESIDE < BESIDE_S
 
 
 async def test_abort_while_decoding(engines: Engines) -> None:

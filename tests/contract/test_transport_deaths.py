@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from kv_transfer.blocks import Content
-from kv_transfer.protocol import Via
 from tests.contract.handoff_sides import (
     ACROSS,
     SECTION,
@@ -18,21 +17,15 @@ from tests.contract.handoff_sides import (
     Open,
     Side,
     content,
-    device_for,
-    one_transport,
+    side_over,
     store_of,
 )
 from tests.contract.other_process import heard
 from tests.waiting import wait_for
 
 
-def _side(kind: str, seed: int) -> Side:
-    store = store_of(seed, device_for([kind]))
-    return Side(SECTION, seed, {Via(kind): one_transport(kind, SECTION, store, {})}, store=store)
-
-
 def _produce(kind: str, pipe: "Connection[Any, Any]") -> None:
-    side = _side(kind, 77)
+    side = side_over([kind], SECTION, 77)
     pipe.send(side.hold("h", range(1, 400)))
     if pipe.recv() == "slowly":
         # Deaf from here on: the consumer sits in the middle of the hand-off.
@@ -72,7 +65,7 @@ def _produce_and_stop_sending(timeout_s: float, pipe: "Connection[Any, Any]") ->
 
 
 def _consume(kind: str, pipe: "Connection[Any, Any]") -> None:
-    side = _side(kind, 78)
+    side = side_over([kind], SECTION, 78)
     blocked = threading.Event()
 
     def stop(group: int, block_ids: Sequence[int], payload: Content) -> None:
@@ -99,7 +92,7 @@ def test_blocks_cross_processes(open_side: Open, other: Any, kind: str) -> None:
     assert content(consumer.store, range(1, 400)) == content(store_of(77), range(1, 400))
 
 
-@pytest.mark.parametrize("kind", ["shm", "tcp", "gloo", "cuda_ipc"])
+@pytest.mark.parametrize("kind", ["shm", "tcp", "gloo"])
 def test_a_producer_that_is_killed_in_the_middle(open_side: Open, other: Any, kind: str) -> None:
     consumer, survivor = open_side(kind, stall_timeout_s=STALL_S), open_side(kind)
     process, pipe = other(_produce, kind)

@@ -1,1 +1,1 @@
-"""The whole path on real engines, through the REST endpoint."""
+"""The whole path through the REST endpoint: on real engines, and a day's load on simulated ones."""

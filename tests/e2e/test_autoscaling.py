@@ -15,7 +15,7 @@ PROMPT_TOKENS = 300
 # Requests per second: a plateau that one decode worker carries, one that takes two, and back.
 LOW_RATE, HIGH_RATE = 0.5, 2.5
 TARGET_TPS = 35.0
-LOW_S, HIGH_S = 15.0, 90.0
+LOW_S, HIGH_S = 10.0, 90.0
 AUTOSCALER: dict[str, Any] = {
     "autoscaler__mode": "act",
     "autoscaler__signal": "decode_tps",
@@ -25,6 +25,8 @@ AUTOSCALER: dict[str, Any] = {
     "autoscaler__max_decode": 2,
     # Only what was served counts here: neither arrivals nor latency may trigger a step.
     "autoscaler__arrival_term": False,
+    "autoscaler__cooldown_in_s": 300.0,
+    "autoscaler__soft_in_s": 60.0,
     "autoscaler__speedup": 12.0,
 }
 

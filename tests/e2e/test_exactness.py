@@ -1,4 +1,7 @@
-"""Promise 1: what the disaggregated path answers is what monolithic vLLM answers."""
+"""Promise 1: what the disaggregated path answers is what monolithic vLLM answers.
+
+Negative control: wrong KV bytes do change answers, and checksums keep them out.
+"""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +13,7 @@ from tests.e2e.conftest import BLOCK_SIZE, CHUNK_TOKENS, disaggregation
 from tests.prompts import prompt_of, text_of
 from tests.served import Served
 
-pytestmark = [pytest.mark.alone, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 
 NUM_PROMPTS = 64
 NUM_NEW_TOKENS = 64
@@ -262,3 +265,34 @@ def test_a_seeded_prompt_over_several_chunks_is_sampled_the_same(
     got = disaggregated.complete(prompt, **parameters)["choices"][0]
     wanted = monolithic.complete(prompt, **parameters)["choices"][0]
     assert got["text"] == wanted["text"]
+
+
+TO_DAMAGE = [number for number, prompt in enumerate(PROMPTS) if len(prompt) in (258, 1026, 1538)]
+DAMAGED: dict[str, Any] = {
+    "router__recovery": "elsewhere",
+    "handoff__fault": "corrupt_received_block",
+    # What is read in place has no way on which it could be damaged.
+    "handoff__transports": "shm,tcp",
+    # Or no worker would ever be listed: the warm-up hand-off is damaged too.
+    "cluster__warmup": False,
+}
+
+
+def test_damaged_blocks_are_refused_and_the_answer_is_right(expected: list[list[int]]) -> None:
+    with disaggregation("test-checked", **DAMAGED) as checked:
+        for number in TO_DAMAGE:
+            answer = checked.complete(PROMPTS[number], return_token_ids=True, **GREEDY)
+            assert answer["choices"][0]["token_ids"] == expected[number]
+            (sequence,) = checked.record(answer["headers"]["x-request-id"])["sequences"]
+            causes = [attempt["cause"] for attempt in sequence["attempts"]]
+            assert causes == ["handoff_failed", "handoff_failed", None]
+            assert "checksum mismatch" in sequence["attempts"][0]["detail"]
+            assert sequence["attempts"][-1]["prefill_worker"] is None
+
+
+def test_without_checksums_damaged_blocks_change_the_answer(expected: list[list[int]]) -> None:
+    with disaggregation("test-unchecked", handoff__checksum=False, **DAMAGED) as unchecked:
+        answers = [unchecked.tokens(PROMPTS[number], **GREEDY) for number in TO_DAMAGE]
+        (sequence,) = unchecked.client.get("/admin/requests?limit=1").json()["requests"]
+        assert sequence["attempts"][-1]["cause"] is None
+    assert answers != [expected[number] for number in TO_DAMAGE]

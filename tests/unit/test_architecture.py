@@ -324,6 +324,12 @@ def test_names_are_nouns() -> None:
     assert not wrong
 
 
+def test_what_runs_alone_is_where_make_looks_for_it() -> None:
+    """Elsewhere, all that the other files import would be imported again to find a few tests."""
+    marked = {path.split("/")[1] for path, text in texts() if "mark.alone" in text}
+    assert marked == {"chaos", "e2e", "unit"}, "those, and this file"
+
+
 _BUILD_SIMULATED = """
 import json, sys
 from cluster.config import parse_config

@@ -1,4 +1,5 @@
-"""A process that owns one vLLM engine, to be stopped or killed by a test.
+"""A process that owns one vLLM engine, to be stopped or killed by a test; the engine's processes
+are forked from it, as a worker's are.
 
 Says in JSON lines on stdout which processes its engine has, then, after any line on stdin, what
 stopping it took.
@@ -13,8 +14,9 @@ import time
 import psutil
 
 from cluster import config as tree
-from cluster.config import parse_config
+from cluster.config import TandemConfig, parse_config
 from cluster.names import Role, WorkerId
+from cluster.vllm_engine import import_engine, settle_fork
 from cluster.worker_spec import WorkerSpec
 from deploy.engines import vllm_engine
 
@@ -36,9 +38,12 @@ def _ended_cpu_s() -> float:
     return spent.ru_utime + spent.ru_stime
 
 
-async def _host() -> None:
+def _config() -> TandemConfig:
     model = {"path": str(tree.BUNDLED_MODEL), "max_model_len": 512, "kv_cache_gib": 0.0625}
-    config = parse_config({"model": {**model, "engine_args": {"skip_tokenizer_init": True}}})
+    return parse_config({"model": {**model, "engine_args": {"skip_tokenizer_init": True}}})
+
+
+async def _host(config: TandemConfig) -> None:
     spec = WorkerSpec(WorkerId("w"), Role.PREFILL, "", {}, config, (0,), "127.0.0.1")
     engine = vllm_engine(spec)
     await engine.start()
@@ -54,4 +59,8 @@ async def _host() -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(_host())
+    hosted = _config()
+    # Imported once, and not again in each of the engine's processes.
+    import_engine(hosted.model)
+    settle_fork("engine host")
+    asyncio.run(_host(hosted))

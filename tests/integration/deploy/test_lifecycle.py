@@ -1,4 +1,8 @@
-"""`tandem serve` from nothing to an answer and back to nothing, whoever ends it."""
+"""`tandem serve` from nothing to an answer and back to nothing, whoever ends it.
+
+What `tandem down` leaves is looked at where a deployment has served other tests: of one that runs
+in `test_security.py`, of one that was killed in `test_operating.py`.
+"""
 
 import os
 import signal
@@ -67,26 +71,6 @@ def test_the_next_serve_cleans_up_after_a_killed_one_and_sigterm_stops_it() -> N
             assert again.complete().status_code == 200
             assert again.signal(signal.SIGTERM) == 0, again.log
             assert footprint.leftovers() == []
-
-
-def test_down_cleans_up_after_a_killed_launcher() -> None:
-    launcher = Launcher(name("down"))
-    with serving(launcher) as footprint:
-        launcher.signal(signal.SIGKILL)
-        down = launcher.run("down")
-        assert down.returncode == 0 and "cleaned up after" in down.stdout
-        assert footprint.leftovers() == []
-        assert "no deployment named" in launcher.run("down").stdout
-
-
-def test_down_stops_a_running_deployment() -> None:
-    launcher = Launcher(name("asked"), flags=("--router.proxy", "serve"))
-    with serving(launcher) as footprint:
-        assert launcher.complete().status_code == 200
-        started_at = time.monotonic()
-        assert "stopped" in launcher.run("down").stdout
-        assert time.monotonic() - started_at < STOP_S
-        assert footprint.leftovers() == []
 
 
 @pytest.mark.parametrize("said", ["Ray is up", "starts, engine pinned"])

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.timeout(300)
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 FLAGS: dict[str, Any] = {
     "model__engine": "simulated",
+    "router__proxy": "serve",
     "handoff__stall_timeout_s": 0.5,
     "autoscaler__soft_in_s": 1.0,
     "autoscaler__slo_ttft_s": 30.0,

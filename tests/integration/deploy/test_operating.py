@@ -1,6 +1,8 @@
-"""A running deployment sized by hand, explained, replayed and calibrated from its command line."""
+"""A running deployment sized by hand, explained, replayed and calibrated from its command line, and
+cleaned up after once its launcher has been killed."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -10,7 +12,7 @@ import pytest
 
 from autoscaler.decision_log import canonical_json
 from cluster.config import load_config
-from tests.integration.deploy.launcher import Launcher, serving
+from tests.integration.deploy.launcher import Footprint, Launcher, serving
 from tests.integration.deploy.test_lifecycle import name
 
 pytestmark = pytest.mark.timeout(400)
@@ -42,7 +44,7 @@ def desired(launcher: Launcher) -> dict[str, int]:
     return sizes
 
 
-def test_scale_decisions_replay_calibrate(tmp_path: Path) -> None:
+def test_scale_decisions_replay_calibrate_down(tmp_path: Path) -> None:
     file, config = tmp_path / "decisions.jsonl", tmp_path / "tandem.yaml"
     settings = {**ENGINE, **AUTOSCALER, "autoscaler.decision_file": str(file)}
     launcher = Launcher(name("operate"), flags=flags(**settings))
@@ -50,6 +52,7 @@ def test_scale_decisions_replay_calibrate(tmp_path: Path) -> None:
         _sizes_by_hand(launcher)
         _explained(launcher, file)
         _calibrated(launcher, config)
+        _down_after_a_kill(launcher)
     assert desired_by(config) == ("1:1", True)
 
 
@@ -108,6 +111,15 @@ def _calibrated(launcher: Launcher, config: Path) -> None:
     assert config.read_text().startswith("# kept\nmodel:\n  dtype: auto\nautoscaler:\n")
     ElementTree.fromstring(config.with_suffix(".svg").read_text())
     assert desired(launcher) == {"prefill": 1, "decode": 2}, "as before"
+
+
+def _down_after_a_kill(launcher: Launcher) -> None:
+    footprint = Footprint.of(launcher)
+    launcher.signal(signal.SIGKILL)
+    down = launcher.run("down")
+    assert down.returncode == 0 and "cleaned up after" in down.stdout
+    assert footprint.leftovers() == []
+    assert "no deployment named" in launcher.run("down").stdout
 
 
 def desired_by(config: Path) -> tuple[str, bool]:

@@ -5,6 +5,7 @@ import secrets
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from deploy.access import trust_in
 from deploy.processes import find_marked
 from deploy.state import DeploymentState
 from router.api_keys import digest_of
-from tests.integration.deploy.launcher import Footprint, Launcher, serving
+from tests.integration.deploy.launcher import STOP_S, Footprint, Launcher, serving
 from tests.served import wait_until
 
 pytestmark = pytest.mark.timeout(300)
@@ -239,3 +240,12 @@ def test_strangers_get_nowhere_and_new_keys_are_taken_on_under_load(secured: Sec
     assert [w["pid"] for w in after["workers"]] == [w["pid"] for w in status["workers"]]
     for pair in (*ring, *ring_of(secured.launcher.name)):
         assert_nowhere(secured, pair.secret.decode(), z85.decode(pair.secret).hex())
+
+
+def test_down_stops_it_and_leaves_nothing(secured: Secured) -> None:
+    """Last: ends the deployment."""
+    began = time.monotonic()
+    down = secured.launcher.run("down")
+    assert down.returncode == 0 and "stopped" in down.stdout
+    assert time.monotonic() - began < STOP_S
+    assert secured.footprint.leftovers() == []
