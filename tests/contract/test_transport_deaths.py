@@ -123,10 +123,15 @@ def test_a_consumer_that_is_killed_in_the_middle(open_side: Open, other: Any, ki
     process.kill()
     process.join()
     wait_for(lambda: "out=0" in repr(producer.port), 10)
-    consumer.pull(producer.hold("after", range(1, 400)), range(1, 400))
-    wait_for(consumer.has_ended("after"))
-    assert consumer.pulls["after"].failure is None
-    wait_for(producer.has_freed("h", "after"), 10)
+    # On a busy machine a living reader can be too slow for this producer as well, and tries again.
+    names = [f"after-{number}" for number in range(5)]
+    for name in names:
+        consumer.pull(producer.hold(name, range(1, 400)), range(1, 400))
+        wait_for(consumer.has_ended(name))
+        if consumer.pulls[name].failure is None:
+            break
+    assert consumer.pulls[name].failure is None
+    wait_for(producer.has_freed("h", *consumer.pulls), 10)
 
 
 def test_a_producer_that_is_killed_while_its_blocks_are_read(open_side: Open, other: Any) -> None:
