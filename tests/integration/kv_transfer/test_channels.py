@@ -251,7 +251,8 @@ def test_a_pair_whose_channel_breaks_goes_another_way_or_meets_anew(
             wait_for(consumer.has_ended(name))
             ended = consumer.pulls[name]
             if transport is None:
-                assert "transport: gloo: " in (ended.failure or "")
+                # Of two chunks: the first was lost on the channel, or the second found it broken.
+                assert "transport: " in (ended.failure or "")
             else:
                 assert (ended.failure, ended.receipt.transport) == (None, transport)
         wait_for(producer.has_freed("before", "cut", "after"))
