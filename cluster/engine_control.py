@@ -1,4 +1,4 @@
-"""The worker's lines into its engine's processes: local sockets, each of them one way.
+"""The worker's lines into its engine's processes: local sockets.
 
 vLLM has no call that reads its block pool or drops a held KV cache, and its error outputs carry
 no reason; its connector runs beside the scheduler and answers here. Nor does vLLM say when it

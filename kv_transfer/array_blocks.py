@@ -33,8 +33,7 @@ class ArrayBlockStore:
 
     def scatter(self, group: int, block_ids: Sequence[int], payload: Content) -> None:
         if isinstance(payload, RemoteBlocks):
-            sizes = self.layout.groups[group].region_bytes
-            payload.copy_to(pieces(self.regions()[group], sizes, block_ids))
+            payload.copy_to(pieces(self.regions()[group], block_ids))
             return
         rows = np.array(block_ids, np.intp)
         for region, part in self._parts(group, len(rows), host_bytes(payload)):
@@ -45,7 +44,7 @@ class ArrayBlockStore:
 
     def regions(self) -> Regions:
         return [
-            [Region(region.ctypes.data, region.strides[0]) for region in group]
+            [Region(rows.ctypes.data, rows.strides[0], rows.shape[1]) for rows in group]
             for group in self._regions
         ]
 

@@ -31,10 +31,12 @@ Content: TypeAlias = "Memory | Elsewhere"
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where block 0 of a region is in its process, and how many bytes on the next one is."""
+    """Where block 0 of a region is in its process, how many bytes on the next one is, and how many
+    bytes of it are the block's."""
 
     address: int
     stride: int
+    size: int
 
 
 # By group and region, in the layout's order.

@@ -37,6 +37,10 @@ class ChannelBroken(Exception):
     """Nothing more goes over a channel, and why."""
 
 
+# What backends raise where none can meet.
+_NO_INVITATION = (OSError, RuntimeError, ChannelBroken)
+
+
 class Channel(Protocol):
     """One end, joined. Whatever a call raises ends the channel."""
 
@@ -205,7 +209,7 @@ class ChannelTransport:
     def attach(self, address: str) -> "ChannelInlet | None":
         try:
             return ChannelInlet(self._backend, self._shape.slot_bytes, self._idle_s, self._follow)
-        except (OSError, RuntimeError, ChannelBroken):
+        except _NO_INVITATION:
             logger.exception("no channel over %s can be offered", self.via.value)
             return None
 
@@ -277,8 +281,13 @@ class ChannelTransport:
                 return self._free.pop()
         if self._num_slots == self._shape.num_slots:
             return None
+        try:
+            memory = _memory(self._shape.slot_bytes, self._backend.device)
+        except torch.OutOfMemoryError:
+            # As good as none: the next way, or later.
+            return None
         self._num_slots += 1
-        return _memory(self._shape.slot_bytes, self._backend.device)
+        return memory
 
     def _let_go(self, parcel: int) -> None:
         """One of a slot's users is done: its consumer has it, or it is sent. From any thread."""
@@ -314,7 +323,10 @@ class ChannelInlet:
         if self._end.over_because is None and now - self._used >= self._idle_s:
             # The producer may have given its end up, or will while it answers this read.
             self._end.close()
-            self._invite()
+            try:
+                self._invite()
+            except _NO_INVITATION:
+                logger.exception("no channel over %s can be offered", self._backend.via.value)
         self._used = now
         return self._address if self._end.over_because is None else None
 

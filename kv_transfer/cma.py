@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kv_transfer.blocks import Region, Regions
-from kv_transfer.layout import BlockLayout
 from kv_transfer.protocol import Blocks, Via
 from kv_transfer.segments import boot_id
 from kv_transfer.transport import Payload, Stage
@@ -45,14 +44,17 @@ _libc.process_vm_readv.argtypes = [
 ]
 
 
-def pieces(regions: Sequence[Region], sizes: Sequence[int], block_ids: Sequence[int]) -> Words:
-    """Return address and size of each block in each region, [regions * blocks, 2]."""
+def pieces(regions: Sequence[Region], block_ids: Sequence[int]) -> Words:
+    """Return address and size of each block in each region, [regions * blocks, 2].
+
+    Raises `OverflowError` for what is no number of a block.
+    """
     bases = np.array([region.address for region in regions], np.uint64)
     strides = np.array([region.stride for region in regions], np.uint64)
     found = np.empty((len(regions), len(block_ids), 2), np.uint64)
     np.multiply.outer(strides, np.array(block_ids, np.uint64), out=found[:, :, 0])
     found[:, :, 0] += bases[:, None]
-    found[:, :, 1] = np.array(sizes, np.uint64)[:, None]
+    found[:, :, 1] = np.array([region.size for region in regions], np.uint64)[:, None]
     return found.reshape(-1, 2)
 
 
@@ -68,7 +70,7 @@ class _Place:
 
     def __str__(self) -> str:
         words = ";".join(
-            ",".join(f"{region.address:x}+{region.stride:x}" for region in group)
+            ",".join(f"{r.address:x}+{r.stride:x}+{r.size:x}" for r in group)
             for group in self.regions
         )
         return f"{self.boot_id}/{self.pid}/{self.serials:x}/{self.token.hex()}/{words}"
@@ -84,8 +86,8 @@ class _Place:
 
 
 def _region(word: str) -> Region:
-    address, _, stride = word.partition("+")
-    return Region(int(address, 16), int(stride, 16))
+    address, stride, size = word.split("+")
+    return Region(int(address, 16), int(stride, 16), int(size, 16))
 
 
 class CmaTransport:
@@ -93,8 +95,7 @@ class CmaTransport:
 
     via = Via.CMA
 
-    def __init__(self, layout: BlockLayout, regions: Regions) -> None:
-        self._layout = layout
+    def __init__(self, regions: Regions) -> None:
         self._regions = tuple(tuple(group) for group in regions)
         self._token = secrets.token_bytes(_TOKEN_WORDS * 8)
         self._words = np.zeros(_TOKEN_WORDS + _NUM_SERIALS, np.uint64)
@@ -119,9 +120,7 @@ class CmaTransport:
             _read_words(place.pid, place.serials, found)
         except (OSError, ValueError, OverflowError, ctypes.ArgumentError):
             return None
-        return (
-            CmaInlet(place, self._layout, self._copier) if found.tobytes() == place.token else None
-        )
+        return CmaInlet(place, self._copier) if found.tobytes() == place.token else None
 
     def can_carry(self, num_bytes: int, reader: str) -> bool:
         return True
@@ -151,9 +150,8 @@ class CmaTransport:
 class CmaInlet:
     """A reader's view of one producer's blocks; trusts nothing that is written there."""
 
-    def __init__(self, place: _Place, layout: BlockLayout, copier: "_Copier") -> None:
+    def __init__(self, place: _Place, copier: "_Copier") -> None:
         self._place = place
-        self._layout = layout
         self._copier = copier
 
     def door(self) -> str:
@@ -164,14 +162,10 @@ class CmaInlet:
         if frame is not None or not is_known or len(message.block_ids) != message.num_blocks:
             return None
         parcel = message.parcel
-        if not self._holds(parcel) or min(message.block_ids, default=-1) < 0:
+        if not message.block_ids or not self._holds(parcel):
             return None
-        sizes = self._layout.groups[message.group].region_bytes
-        try:
-            theirs = pieces(self._place.regions[message.group], sizes, message.block_ids)
-        except OverflowError:
-            return None
-        content = RemoteBlocks(self._place.pid, theirs, self._copier)
+        regions = self._place.regions[message.group]
+        content = RemoteBlocks(self._place.pid, regions, message.block_ids, self._copier)
         return Payload(content, lambda: self._holds(parcel))
 
     def close(self) -> None:
@@ -189,26 +183,36 @@ class CmaInlet:
 
 
 class RemoteBlocks:
-    """Blocks in another process, by address and size."""
+    """Blocks in another process. Until somebody copies them they take no memory, whatever a peer
+    may have said of them: `nbytes` is checked before."""
 
-    def __init__(self, pid: int, pieces: Words, copier: "_Copier") -> None:
-        self.nbytes = int(pieces[:, 1].sum())
+    def __init__(
+        self, pid: int, regions: Sequence[Region], block_ids: Sequence[int], copier: "_Copier"
+    ) -> None:
+        self.nbytes = len(block_ids) * sum(region.size for region in regions)
         self._pid = pid
-        self._pieces = pieces
+        self._regions = regions
+        self._block_ids = block_ids
         self._copier = copier
 
-    def copy_to(self, pieces: Words) -> None:
-        """Copy each piece to the one of `pieces`, of the same size; raise `OSError`."""
-        self._copier.copy(self._pid, self._pieces, pieces)
+    def copy_to(self, ours: Words) -> None:
+        """Copy them, region by region, to the pieces `ours` of the same sizes; raise `OSError`."""
+        self._copier.copy(self._pid, self._theirs(), ours)
 
     def fetch(self) -> memoryview:
         """Return a copy, region by region; raise `OSError`."""
-        content = np.empty(self.nbytes, np.uint8)
-        into = self._pieces.copy()
-        into[:, 0] = np.cumsum(self._pieces[:, 1]) - self._pieces[:, 1]
-        into[:, 0] += np.uint64(content.ctypes.data)
-        self.copy_to(into)
+        content, theirs = np.empty(self.nbytes, np.uint8), self._theirs()
+        ours = theirs.copy()
+        ours[:, 0] = np.cumsum(theirs[:, 1]) - theirs[:, 1]
+        ours[:, 0] += np.uint64(content.ctypes.data)
+        self._copier.copy(self._pid, theirs, ours)
         return content.data
+
+    def _theirs(self) -> Words:
+        try:
+            return pieces(self._regions, self._block_ids)
+        except OverflowError as error:
+            raise OSError(f"no such blocks in process {self._pid}: {error}") from None
 
 
 class _Copier:

@@ -108,8 +108,6 @@ class Consumer:
     ) -> None:
         self.results: list[EndedPull] = []
         self.counts: Counter[str] = Counter()
-        largest_block = max(group.block_bytes for group in store.layout.groups)
-        self._most_in_place = max(1, _IN_PLACE_BYTES // largest_block)
         self._waiting = StageClock(self.counts, "wait")
         self._pulling = StageClock(self.counts, "pull")
         self._verifying = StageClock(self.counts, "verify")
@@ -258,7 +256,7 @@ class Consumer:
         handoff = active.handoff
         if message.via.is_in_place:
             # All of it is there, and no memory is between: messages are what a chunk costs.
-            handoff = handoff.merge(self._most_in_place)
+            handoff = handoff.merge(max(1, _IN_PLACE_BYTES // self._block_bytes(active, read)))
         handoff, asks = handoff.receive(read)
         arrived = replace(
             active,
@@ -292,11 +290,15 @@ class Consumer:
         recut.cut(read, content, fresh)
         return fresh
 
+    def _block_bytes(self, active: _Active, read: Read) -> int:
+        """Return what a block of a read has on its way: its producer's may be larger or smaller."""
+        theirs = active.recut.theirs if active.recut else self._store.layout.groups[read.group]
+        return theirs.block_bytes
+
     def _damage(
         self, active: _Active, read: Read, message: Blocks, payload: "Content | None"
     ) -> str | None:
-        theirs = active.recut.theirs if active.recut else self._store.layout.groups[read.group]
-        wanted = theirs.block_bytes * read.num_blocks
+        wanted = self._block_bytes(active, read) * read.num_blocks
         found = 0 if payload is None else payload.nbytes
         if payload is None or found != wanted or message.payload_bytes != wanted:
             return f"payload of {found} bytes, wanted {wanted}"

@@ -3,9 +3,10 @@
 Producer: FILLING while the prompt is computed, FEEDING while blocks of it that are finished are
 sent; complete it is HELD -> SENDING -> RELEASED, or EXPIRED, or ABORTED. Blocks are freed once,
 when a hand-off has ended *and* no send is reading them: an end that arrives while sends are in
-flight waits in ENDING, so blocks are freed late, never early. Before it is complete the blocks
-are the engine's to take back (preemption): that is another `revision`, and what was read in the
-one before is not sent.
+flight waits in ENDING, so blocks are freed late, never early. Who reads blocks in place is no
+send, and finds out afterwards that they were freed. Before it is complete the blocks are the
+engine's to take back (preemption): that is another `revision`, and what was read in the one
+before is not sent.
 
 Consumer: OFFERED -> FETCHING -> LOADED, or FAILED. Exactly one report leaves each side.
 

@@ -6,6 +6,7 @@ bytes are not encrypted, and NCCL lets in whoever knows the name: for networks t
 
 import threading
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
@@ -73,47 +74,39 @@ class NcclChannel:
         self._communicator: int | None = library.join(name, rank, timeout_s)
 
     def send(self, memory: torch.Tensor) -> None:
-        stream = torch.cuda.current_stream(self._device)
-        self._library.send(
-            memory.data_ptr(),
-            memory.nbytes,
-            self._peer,
-            self._live(),
-            stream.cuda_stream,
-            self._timeout_s,
-        )
-        self._finish(stream)
+        self._move(self._library.send, memory)
 
     def receive(self, memory: torch.Tensor) -> None:
-        stream = torch.cuda.current_stream(self._device)
-        self._library.receive(
-            memory.data_ptr(),
-            memory.nbytes,
-            self._peer,
-            self._live(),
-            stream.cuda_stream,
-            self._timeout_s,
-        )
-        self._finish(stream)
+        self._move(self._library.receive, memory)
 
     def abort(self) -> None:
+        # Each call is made with the lock, so none is under way with what is given back here.
         with self._lock:
             communicator, self._communicator = self._communicator, None
         if communicator is not None:
             self._library.abort(communicator)
 
-    def _live(self) -> int:
-        if self._communicator is None:
-            raise ChannelBroken("closed")
-        return self._communicator
-
-    def _finish(self, stream: torch.cuda.Stream) -> None:
-        """Wait for the stream. A dead peer keeps it waiting, on the GPU, until the abort."""
+    def _move(self, call: Callable[[int, int, int, int, int], None], memory: torch.Tensor) -> None:
+        """Make the call and wait for its stream. A dead peer keeps that waiting, on the GPU, until
+        the abort."""
         deadline = time.monotonic() + self._timeout_s
-        while not stream.query():
-            self._library.check(self._live())
+        stream = torch.cuda.current_stream(self._device)
+        with self._lock:
+            place = memory.data_ptr(), memory.nbytes, self._peer
+            call(*place, self._live(), stream.cuda_stream)
+        while self._is_busy() or not stream.query():
             if time.monotonic() >= deadline:
                 raise ChannelBroken(f"nothing came through for {self._timeout_s:.1f} s")
             time.sleep(_POLL_S)
         # An abort ends what the stream was waiting for as well.
-        self._live()
+        with self._lock:
+            self._live()
+
+    def _is_busy(self) -> bool:
+        with self._lock:
+            return self._library.is_busy(self._live())
+
+    def _live(self) -> int:
+        if self._communicator is None:
+            raise ChannelBroken("closed")
+        return self._communicator

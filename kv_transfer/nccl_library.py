@@ -82,23 +82,24 @@ class NcclLibrary:
             raise
         return communicator
 
-    def send(
-        self, pointer: int, num_bytes: int, peer: int, communicator: int, stream: int, wait_s: float
-    ) -> None:
-        """Have `stream` send memory of its device; returns before it is sent."""
+    def send(self, pointer: int, num_bytes: int, peer: int, communicator: int, stream: int) -> None:
+        """Have `stream` send memory of its device, once `is_busy` no more."""
         code = self._nccl.ncclSend(*_arguments(pointer, num_bytes, peer, communicator, stream))
-        self._settle("ncclSend", code, communicator, wait_s)
+        self._check("ncclSend", code)
 
     def receive(
-        self, pointer: int, num_bytes: int, peer: int, communicator: int, stream: int, wait_s: float
+        self, pointer: int, num_bytes: int, peer: int, communicator: int, stream: int
     ) -> None:
-        """Have `stream` receive into memory of its device; returns before it is there."""
+        """Have `stream` receive into memory of its device, once `is_busy` no more."""
         code = self._nccl.ncclRecv(*_arguments(pointer, num_bytes, peer, communicator, stream))
-        self._settle("ncclRecv", code, communicator, wait_s)
+        self._check("ncclRecv", code)
 
-    def check(self, communicator: int) -> None:
-        """Raise `ChannelBroken` if NCCL has noticed that the peer is gone."""
-        self._check("ncclCommGetAsyncError", self._state(communicator))
+    def is_busy(self, communicator: int) -> bool:
+        """Return whether the last call is still being made; raise `ChannelBroken` if NCCL has
+        noticed that the peer is gone."""
+        state = self._state(communicator)
+        self._check("ncclCommGetAsyncError", state)
+        return state == _IN_PROGRESS
 
     def abort(self, communicator: int) -> None:
         """End what is on its way and give the communicator back."""

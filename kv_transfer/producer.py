@@ -247,7 +247,9 @@ class Producer:
         if refusal is not None:
             yield self._refuse(peer, read, *refusal)
             return
-        self._renew(read.handoff_id, now)
+        if entry.since == now:
+            # Not of one that waits: its reader may be dead.
+            self._renew(read.handoff_id, now)
         num_bytes = self._num_bytes(read)
         is_held = not self._held[read.handoff_id].handoff.is_filling
         ways = self._parcels.usable(read.ways, num_bytes, is_held)

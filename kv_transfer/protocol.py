@@ -101,7 +101,7 @@ class ReadBlocks:
 class Blocks:
     """Producer to consumer: the blocks are in `parcel` of `via`, region by region.
 
-    `checksum` is xxh3-64 of the payload, None when switched off or where nothing was copied yet;
+    `checksum` is 64 bits of the payload (`BlockStore.checksum`), None when off or in place;
     `produced_bytes` counts what the producer has sent for this hand-off so far, this payload
     included. `held_s` is how long the whole prompt has been held, None while it is computed;
     `first_token` is what was sampled from it; `block_ids` are the producer's, if they are read

@@ -81,6 +81,9 @@ class RankLine:
                     self._hear(self._socket.recv())
                 except zmq.ContextTerminated:
                     return
+                # Without this thread a rank would sleep over requests.
+                except Exception:
+                    logger.exception("error on the line to a rank")
 
     def _hear(self, frame: bytes) -> None:
         try:

@@ -59,7 +59,7 @@ def _over_cma(store: BlockStore) -> Transport:
 
     regions = store.regions()
     assert regions is not None
-    return CmaTransport(store.layout, regions)
+    return CmaTransport(regions)
 
 
 def _over_gloo(section: HandoffSection, shape: ArenaShape) -> Transport:

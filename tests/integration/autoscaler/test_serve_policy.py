@@ -115,7 +115,7 @@ class Load:
 
     def run(self, seconds: float, output_tokens: int) -> None:
         """Send requests of so many tokens and note every pair of sizes on the way."""
-        waiting = []
+        waiting: list[Any] = []
         began = time.monotonic()
         while (now := time.monotonic()) < began + seconds:
             # By the clock: where Serve answers slowly, the rate is the same.

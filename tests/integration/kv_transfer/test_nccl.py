@@ -67,8 +67,8 @@ def test_names_are_whole_and_what_is_asked_for_reaches_the_library() -> None:
     nccl = Nccl()
     assert nccl.library.unique_id() == NAME
     assert nccl.library.join(NAME, 1, 1.0) == COMMUNICATOR
-    nccl.library.send(0x1000, 99, 0, COMMUNICATOR, 0x55, 1.0)
-    nccl.library.receive(0x2000, 98, 1, COMMUNICATOR, 0x55, 1.0)
+    nccl.library.send(0x1000, 99, 0, COMMUNICATOR, 0x55)
+    nccl.library.receive(0x2000, 98, 1, COMMUNICATOR, 0x55)
     nccl.library.abort(COMMUNICATOR)
     assert nccl.calls == [
         ("join", (2, 1)),
@@ -81,7 +81,9 @@ def test_names_are_whole_and_what_is_asked_for_reaches_the_library() -> None:
 def test_calls_in_progress_are_waited_for() -> None:
     nccl = Nccl(IN_PROGRESS, [IN_PROGRESS, IN_PROGRESS, OK])
     assert nccl.library.join(NAME, 0, 5.0) == COMMUNICATOR
-    nccl.library.send(1, 1, 0, COMMUNICATOR, 1, 5.0)
+    nccl = Nccl(IN_PROGRESS, [IN_PROGRESS, OK])
+    nccl.library.send(1, 1, 0, COMMUNICATOR, 1)
+    assert nccl.library.is_busy(COMMUNICATOR) and not nccl.library.is_busy(COMMUNICATOR)
 
 
 def test_a_peer_that_never_joins_is_given_up() -> None:
@@ -93,10 +95,9 @@ def test_a_peer_that_never_joins_is_given_up() -> None:
 
 def test_errors_say_what_nccl_says() -> None:
     with pytest.raises(ChannelBroken, match="ncclSend: error 6"):
-        Nccl(REMOTE_ERROR).library.send(1, 1, 0, COMMUNICATOR, 1, 1.0)
+        Nccl(REMOTE_ERROR).library.send(1, 1, 0, COMMUNICATOR, 1)
     with pytest.raises(ChannelBroken, match="error 6"):
-        Nccl(states=[REMOTE_ERROR]).library.check(COMMUNICATOR)
-    Nccl(states=[IN_PROGRESS]).library.check(COMMUNICATOR)
+        Nccl(states=[REMOTE_ERROR]).library.is_busy(COMMUNICATOR)
 
 
 def test_a_communicator_is_given_back_once_and_not_used_after_it() -> None:

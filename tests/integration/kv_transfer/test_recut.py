@@ -111,9 +111,11 @@ def test_every_token_arrives_where_it_belongs(
     assert all((region[kept] == UNTOUCHED).all() for region in consumer.regions)
 
 
-def pulled(producer: Engine, consumer: Engine, num_tokens: int, **changes: int) -> EndedPull:
+def pulled(
+    producer: Engine, consumer: Engine, num_tokens: int, way: str = "tcp", **changes: int
+) -> EndedPull:
     """Hand a prompt over between two ports; the first two of the consumer's blocks are there."""
-    section = HandoffSection(chunk_bytes=400, transports=("tcp",))
+    section = HandoffSection(chunk_bytes=400, transports=way)
     ports = [HandoffPort(engine.store, section, 1) for engine in (producer, consumer)]
     try:
         held, wanted = producer.table(num_tokens), consumer.table(num_tokens)
@@ -143,12 +145,13 @@ def pulled(producer: Engine, consumer: Engine, num_tokens: int, **changes: int) 
             port.close()
 
 
+@pytest.mark.parametrize("way", ["cma", "shm", "tcp"])
 @pytest.mark.parametrize("sizes", [(4, 16), (16, 4)])
-def test_ports_of_two_block_sizes_hand_over(sizes: tuple[int, int]) -> None:
+def test_ports_of_two_block_sizes_hand_over(sizes: tuple[int, int], way: str) -> None:
     producer, consumer = Engine(sizes[0], 1), Engine(sizes[1], 2)
     producer.write(range(77))
-    ended = pulled(producer, consumer, 77)
-    assert ended.failure is None
+    ended = pulled(producer, consumer, 77, way)
+    assert ended.failure is None and ended.receipt.transport == way
     assert ended.receipt.received_bytes == ended.receipt.produced_bytes > 0
     for position in range(2 * consumer.block_size, 77):
         assert consumer.read(position) == producer.read(position), position
