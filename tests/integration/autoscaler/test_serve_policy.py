@@ -112,6 +112,7 @@ class Load:
         while running() != sizes:
             assert time.monotonic() < deadline, f"{running()}, not {sizes} after {limit_s} s"
             self.run(0.25, output_tokens)
+        self._note()
 
     def run(self, seconds: float, output_tokens: int) -> None:
         """Send requests of so many tokens and note every pair of sizes on the way."""
@@ -121,11 +122,14 @@ class Load:
             # By the clock: where Serve answers slowly, the rate is the same.
             num_due = round((now - began) * REQUESTS_PER_S) + 1 - len(waiting)
             waiting += [self.handle.remote(50, output_tokens) for _ in range(num_due)]
-            sizes = targets()
-            if self.seen[-1:] != [sizes]:
-                self.seen.append(sizes)
+            self._note()
             time.sleep(1 / REQUESTS_PER_S)
         assert {each.result(timeout_s=10.0) for each in waiting} == {output_tokens}
+
+    def _note(self) -> None:
+        sizes = targets()
+        if self.seen[-1:] != [sizes]:
+            self.seen.append(sizes)
 
 
 def test_unequal_delays_are_refused_and_the_pools_then_scale_together(

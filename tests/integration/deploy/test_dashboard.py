@@ -87,9 +87,9 @@ def test_pools_and_decisions_are_those_of_admin_while_it_scales_out(
     seen: set[str] = set()
 
     def is_done() -> bool:
+        # Not only when all three agree: on a busy machine they do so too seldom.
+        seen.update(state for _, state in dashboard.pools().values())
         shown = agree()
-        if shown is not None:
-            seen.update(state for _, state in shown.values())
         return shown is not None and list(shown.values()).count(("decode", "ready")) == 2
 
     wait_until(is_done, 90, "two decode workers, on the page and in /admin/state")
