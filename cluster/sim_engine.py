@@ -107,6 +107,7 @@ class SimulatedEngine:
         self._free = list(range(section.num_blocks - 1, 0, -1))
         self._waiting: deque[_Sequence] = deque()
         self._pulling: dict[str, _Sequence] = {}
+        self._num_pulls = 0
         self._running: list[_Sequence] = []
         self._held: dict[str, tuple[HandoffId, list[int], float]] = {}
         self._outbox: list[EngineOutput] = []
@@ -166,10 +167,11 @@ class SimulatedEngine:
             self._abort(request_id)
 
     def _abort(self, request_id: RequestId) -> None:
-        if request_id in self._pulling:
-            # Its blocks are being written: they are free when the pull says it has ended.
-            self._pulling[request_id].is_aborted = True
-            self._port.cancel(request_id)
+        for key, sequence in self._pulling.items():
+            if sequence.request.request_id == request_id:
+                # Its blocks are being written: they are free when the pull says it has ended.
+                sequence.is_aborted = True
+                self._port.cancel(key)
         for sequence in [*self._waiting, *self._running]:
             if sequence.request.request_id == request_id:
                 sequence.is_aborted = True
@@ -263,9 +265,12 @@ class SimulatedEngine:
             self._running.append(sequence)
             self._open(sequence)
             return
-        self._pulling[sequence.request.request_id] = sequence
+        # An aborted one of the same name may not have ended yet.
+        self._num_pulls += 1
+        key = f"{sequence.request.request_id}/{self._num_pulls}"
+        self._pulling[key] = sequence
         pulled = sequence.block_ids[: self._num_blocks(sequence.num_to_pull)]
-        self._port.pull(sequence.request.request_id, offer, pulled, sequence.request.awaits_token)
+        self._port.pull(key, offer, pulled, sequence.request.awaits_token)
 
     def _open(self, sequence: _Sequence) -> None:
         """Let a producing sequence's blocks be pulled as they come."""
