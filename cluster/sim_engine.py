@@ -400,7 +400,7 @@ class SimulatedEngine:
     def _take_in(self, sequence: _Sequence, token: int) -> None:
         """Go on from `token`: what follows the first one depends on it."""
         if sequence.num_generated == 0:
-            sequence.state = hashlib.sha256(sequence.state + token.to_bytes(8, "little")).digest()
+            sequence.state = hashlib.sha256(sequence.state + str(token).encode()).digest()
         sequence.num_generated += 1
 
     def _token(self, sequence: _Sequence) -> int:
