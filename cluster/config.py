@@ -149,6 +149,9 @@ class RouterSection(Section):
     )
     max_body_bytes: Count = Field(8 << 20, description="larger request bodies get 413")
     request_deadline_s: Seconds = Field(600.0, description="a request is ended after this")
+    max_sequences: Count = Field(
+        128, description="sequences one HTTP request may run, prompts times `n`; more get 400"
+    )
     max_queued: Count = Field(1024, description="requests waiting for placement; more get 429")
     prefills_per_worker: Count = Field(8, description="prompts in flight per prefill worker")
     decodes_per_worker: Count = Field(256, description="streams in flight per decode worker")

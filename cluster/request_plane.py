@@ -36,6 +36,8 @@ from cluster.wire import MAX_FRAME_BYTES, WireError
 
 # Often enough that a snapshot shows within a second what a cancelled request has freed.
 HEARTBEAT_S = 0.25
+# Of a router's message, and taken before it is known who sends it: a million token ids are 5 MiB.
+MAX_REQUEST_BYTES = 8 << 20
 _MAX_FRAMES = 4096
 _LAST_WORDS_MS = 500
 
@@ -60,7 +62,7 @@ class WorkerSocket:
     """The worker's end: one bound ROUTER; peers are named by their ZeroMQ identity."""
 
     def __init__(self, sockets: Sockets, host: str) -> None:
-        self._socket = sockets.open(zmq.ROUTER, MAX_FRAME_BYTES)
+        self._socket = sockets.open(zmq.ROUTER, MAX_REQUEST_BYTES)
         # A router that restarts under its old identity must take its connection over.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self.endpoint = sockets.listen(self._socket, host)

@@ -101,6 +101,16 @@ def _check_mapping(value: Any) -> Any:
     return _check_document(value)
 
 
+def document_bytes(document: Mapping[str, Any]) -> int:
+    """Return the size of a document on the wire; raise `WireError` if no peer would take it."""
+    _check_document(document)
+    try:
+        return len(msgpack.packb(document))
+    except (ValueError, OverflowError, TypeError) as error:
+        # JSON has strings that are not Unicode, and integers of any size.
+        raise WireError(str(error)) from None
+
+
 def _optional(check: Check) -> Check:
     return lambda value: None if value is None else check(value)
 

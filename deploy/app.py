@@ -39,6 +39,7 @@ STOP_S = 10.0
 _CONTROLLER_STOP_S = 6.0
 _TERM_GRACE_S = 1.5
 _POLL_S = 0.25
+_LOOPBACK = "127.0.0.1"
 
 
 def parts_of(config: TandemConfig) -> Parts:
@@ -74,7 +75,7 @@ class Deployment:
         if self._config.cluster.address is not None:
             self._refuse_another_of_the_name()
         env = self._session.worker_environment
-        bind_host = "127.0.0.1" if self._config.cluster.address is None else None
+        bind_host = _LOOPBACK if self._config.cluster.address is None else None
         start = partial(start_controller, self._config, parts_of(self._config), env, bind_host)
         self._controller = start()
         self._start_router(env, start, bind_host)
@@ -146,7 +147,7 @@ class Deployment:
         self._owns_serve = not serve.status().proxies
         serve.start(
             proxy_location="HeadOnly" if self._config.cluster.address is None else "EveryNode",
-            http_options={"host": router.host, "port": router.port, **self._tls_options()},
+            http_options={"host": self._serve_host(), "port": router.port, **self._tls_options()},
             logging_config={"log_level": "WARNING", "enable_access_log": False},
         )
         serve.run_many(
@@ -162,6 +163,11 @@ class Deployment:
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
+
+    def _serve_host(self) -> str:
+        """Return what Serve is told; its replicas listen there too, in plain HTTP. Where the
+        endpoint is our HAProxy's, on one machine, that is none of another machine's business."""
+        return _LOOPBACK if self._session.uses_haproxy else self._config.router.host
 
     def _tls_options(self) -> dict[str, str]:
         """Return what Serve's own proxy is told; ours gets it from `deploy.haproxy`."""
@@ -259,4 +265,4 @@ class Deployment:
 
 
 def _reachable(host: str) -> str:
-    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    return {"0.0.0.0": _LOOPBACK, "::": "[::1]"}.get(host, host)

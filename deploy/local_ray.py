@@ -37,7 +37,7 @@ def start_local_ray(config: TandemConfig, session: Session, temp_dir: Path, verb
     if session.uses_haproxy:
         (temp_dir / "haproxy").mkdir(mode=0o700)
         certificate = _write_certificate(config.security, temp_dir / "haproxy" / "endpoint.pem")
-        haproxy.write_launcher(temp_dir / "haproxy" / "launch", certificate)
+        haproxy.write_launcher(temp_dir / "haproxy" / "launch", config.router.host, certificate)
     try:
         context: Any = ray.init(
             address="local",

@@ -73,6 +73,8 @@ _RAY = {
     "RAY_prestart_worker_first_driver": "0",
     # Ray runs its workers at nice 15; here they are the service, not a batch job beside one.
     "RAY_worker_niceness": "0",
+    # Ray has no dashboard here that would show what its agent finds out about the processes.
+    "REPORTER_UPDATE_INTERVAL_MS": "60000",
     # Ray Serve keeps proxies and replicas up this long for load balancers to notice.
     "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "0.5",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",

@@ -27,6 +27,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from cluster.config import ModelSection
 from cluster.errors import ConfigError
+from router.batches import BoundedChatBatches, BoundedCompletions
 from router.engine_client import SUPPORTED_TASKS, TandemEngineClient, TokenSource
 
 # The first counts a refused stream as a success: it sits inside the exchange layer. The second
@@ -81,13 +82,14 @@ def frontend_arguments(model: ModelSection, vllm_config: VllmConfig) -> Namespac
     return arguments
 
 
-async def build_frontend(model: ModelSection, flow: TokenSource) -> FastAPI:
-    """Return vLLM's app for one model, serving through `flow`."""
+async def build_frontend(model: ModelSection, flow: TokenSource, max_sequences: int) -> FastAPI:
+    """Return vLLM's app for one model, serving through `flow`; a request may run so many
+    sequences at a time."""
     # A warning per odd request is a log anyone can fill; our records tell of every request.
     logging.getLogger("vllm").setLevel(logging.ERROR)
     vllm_config = build_vllm_config(model)
     arguments = frontend_arguments(model, vllm_config)
-    client = TandemEngineClient(vllm_config, flow)
+    client = TandemEngineClient(vllm_config, flow, max_sequences)
     app = build_app(arguments, SUPPORTED_TASKS, vllm_config.model_config)
     app.user_middleware = [
         middleware for middleware in app.user_middleware if not _is_unused(middleware)
@@ -98,6 +100,12 @@ async def build_frontend(model: ModelSection, flow: TokenSource) -> FastAPI:
     # `build_app` has built the stack already; cleared, it is built again from the above.
     app.middleware_stack = None
     await init_app_state(client, app.state, arguments, SUPPORTED_TASKS)
+    app.state.openai_serving_completion = BoundedCompletions(
+        app.state.openai_serving_completion, max_sequences
+    )
+    app.state.openai_serving_chat_batch = BoundedChatBatches(
+        app.state.openai_serving_chat_batch, max_sequences
+    )
     return app
 
 

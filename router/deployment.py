@@ -182,7 +182,7 @@ class RouterReplica:
             objectives,
             self._traces.record if self._traces else lambda _record: None,
         )
-        frontend = await build_frontend(config.model, self._flow)
+        frontend = await build_frontend(config.model, self._flow, config.router.max_sequences)
         operations = Operations(
             self._health,
             self._record,

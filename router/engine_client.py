@@ -13,7 +13,6 @@ from copy import copy
 from http import HTTPStatus
 from typing import Any, Protocol
 
-import msgpack
 from vllm.config import VllmConfig
 from vllm.engine.protocol import EngineClient
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
@@ -33,17 +32,22 @@ from vllm.v1.metrics.stats import PrefillStats as VllmPrefillStats
 from cluster.errors import RequestInvalid, TandemError
 from cluster.messages import PrefillStats, Tokens
 from cluster.names import FinishReason, RequestId
+from cluster.request_plane import MAX_REQUEST_BYTES
 from cluster.vllm_documents import (
     logprobs_from_document,
     prompt_logprobs_from_document,
     sampling_document,
 )
+from cluster.wire import WireError, document_bytes
 from router.exchange import Exchange, current_exchange
 from router.flow import GenerateRequest
 from router.http_errors import HttpFailure, failure_of
 
 logger = logging.getLogger(__name__)
 
+_TOKEN_BYTES = 5
+# Room for ids, offers and hints beside what the client sent.
+_MAX_BYTES = MAX_REQUEST_BYTES - (64 << 10)
 SUPPORTED_TASKS: tuple[SupportedTask, ...] = ("generate",)
 _FINISH_REASONS = {
     FinishReason.STOP: VllmFinishReason.STOP,
@@ -130,13 +134,14 @@ class Generation:
 class TandemEngineClient(EngineClient):
     """What vLLM's serving classes ask of an engine, answered by `flow`."""
 
-    def __init__(self, vllm_config: VllmConfig, flow: TokenSource) -> None:
+    def __init__(self, vllm_config: VllmConfig, flow: TokenSource, max_sequences: int) -> None:
         self.vllm_config = vllm_config
         self.model_config = vllm_config.model_config
         self.renderer = renderer_from_config(vllm_config)
         self.input_processor = InputProcessor(vllm_config, self.renderer)
         self._output_processor = OutputProcessor(self.renderer.tokenizer, log_stats=False)
         self._flow = flow
+        self._max_sequences = max_sequences
         self._running: set[Generation] = set()
 
     async def generate(
@@ -164,11 +169,15 @@ class TandemEngineClient(EngineClient):
         try:
             if lora_request is not None:
                 raise RequestInvalid("LoRA adapters are not served")
-            request = self._core_request(prompt, sampling_params, request_id, priority)
-            text, *_ = extract_prompt_components(self.model_config, prompt)
-            async with aclosing(self._outputs(request, prompt_text or text, exchange)) as outputs:
-                async for output in outputs:
-                    yield output
+            if isinstance(prompt, AsyncGenerator | EngineCoreRequest):
+                raise RequestInvalid("only rendered prompts are supported")
+            with exchange.running(sampling_params.n, self._max_sequences):
+                request = self._core_request(prompt, sampling_params, request_id, priority)
+                text, *_ = extract_prompt_components(self.model_config, prompt)
+                outputs = self._outputs(request, prompt_text or text, exchange)
+                async with aclosing(outputs):
+                    async for output in outputs:
+                        yield output
         except Exception as error:
             failure = _failure_of(error)
             exchange.fail(failure)
@@ -177,8 +186,6 @@ class TandemEngineClient(EngineClient):
     def _core_request(
         self, prompt: Any, sampling_params: SamplingParams, request_id: str, priority: int
     ) -> EngineCoreRequest:
-        if isinstance(prompt, AsyncGenerator | EngineCoreRequest):
-            raise RequestInvalid("only rendered prompts are supported")
         request = self.input_processor.process_inputs(
             request_id,
             prompt,
@@ -202,9 +209,10 @@ class TandemEngineClient(EngineClient):
         exchange.on_close(generation.cancel)
         try:
             parent = ParentRequest(request) if sampling.n > 1 else None
+            prompt = tuple(request.prompt_token_ids or ())
             for index, child in enumerate(_children(request, parent)):
                 self._output_processor.add_request(child, text, parent, index, queue)
-                generation.start(self._flow, _flow_request(child, exchange), exchange)
+                generation.start(self._flow, _flow_request(child, prompt, exchange), exchange)
             is_finished = False
             while not is_finished:
                 output = queue.get_nowait() or await queue.get()
@@ -342,12 +350,14 @@ def _children(request: EngineCoreRequest, parent: ParentRequest | None) -> list[
     return children
 
 
-def _flow_request(child: EngineCoreRequest, exchange: Exchange) -> GenerateRequest:
+def _flow_request(
+    child: EngineCoreRequest, prompt: tuple[int, ...], exchange: Exchange
+) -> GenerateRequest:
     sampling = _sampling_of(child)
     request = GenerateRequest(
         request_id=RequestId(child.request_id),
         exchange_id=exchange.exchange_id,
-        prompt_token_ids=tuple(child.prompt_token_ids or ()),
+        prompt_token_ids=prompt,
         sampling=sampling_document(sampling),
         # vLLM computes prompt log-probabilities from a full local prefill only.
         local_only=sampling.prompt_logprobs is not None,
@@ -355,11 +365,14 @@ def _flow_request(child: EngineCoreRequest, exchange: Exchange) -> GenerateReque
         priority=child.priority,
         traceparent=exchange.traceparent,
     )
+    others = {"cache_salt": request.cache_salt, "priority": request.priority}
     try:
-        msgpack.packb([request.sampling, request.cache_salt, request.priority])
-    except (ValueError, OverflowError, TypeError) as error:
-        # JSON has strings that are not Unicode, and integers of any size.
+        num_bytes = document_bytes(request.sampling) + document_bytes(others)
+    except WireError as error:
         raise RequestInvalid(f"a parameter cannot be sent to a worker: {error}") from None
+    num_bytes += _TOKEN_BYTES * len(prompt)
+    if num_bytes > _MAX_BYTES:
+        raise RequestInvalid(f"prompt and parameters take {num_bytes} bytes, over {_MAX_BYTES}")
     return request
 
 

@@ -11,10 +11,12 @@ import asyncio
 import re
 import uuid
 from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from contextlib import contextmanager
 from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any, Protocol
 
+from cluster.errors import RequestInvalid
 from router.http_errors import HttpFailure
 
 REQUEST_ID_HEADER = "x-request-id"
@@ -55,11 +57,25 @@ class Exchange:
         self.has_tokens = False
         self.is_closed = False
         self.failure: HttpFailure | None = None
+        self.has_begun = False
+        self._num_sequences = 0
         self._closers: set[Callable[[], None]] = set()
 
     def fail(self, failure: HttpFailure) -> None:
         """Report a failure; the first one is what the client is told."""
         self.failure = self.failure or failure
+
+    @contextmanager
+    def running(self, num_sequences: int, at_most: int) -> Iterator[None]:
+        """Count sequences while they run; raise `RequestInvalid` instead if they are too many."""
+        self._num_sequences += num_sequences
+        try:
+            if self._num_sequences > at_most:
+                raise too_many_sequences(at_most)
+            self.has_begun = True
+            yield
+        finally:
+            self._num_sequences -= num_sequences
 
     def on_close(self, closer: Callable[[], None]) -> None:
         self._closers.add(closer)
@@ -233,11 +249,18 @@ class _Outlet:
 
     def _own_headers(self) -> Iterator[Header]:
         yield REQUEST_ID_HEADER.encode(), self._exchange.exchange_id.encode()
-        record = self._record_of(self._exchange.exchange_id)
+        # The client chose the id: before it is let in, another's record may have the same.
+        is_known = self._exchange.has_begun
+        record = self._record_of(self._exchange.exchange_id) if is_known else None
         if record is not None and record.prefill_worker:
             yield b"x-tandem-prefill-worker", record.prefill_worker.encode()
         if record is not None and record.decode_worker:
             yield b"x-tandem-decode-worker", record.decode_worker.encode()
+
+
+def too_many_sequences(at_most: int) -> RequestInvalid:
+    limit = f"one request may run {at_most} sequences (router.max_sequences)"
+    return RequestInvalid(f"{limit}: send fewer prompts, or a smaller n")
 
 
 def _header(scope: Scope, name: str) -> str | None:

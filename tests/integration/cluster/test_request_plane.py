@@ -8,6 +8,7 @@ import pytest
 import pytest_asyncio
 import zmq
 import zmq.asyncio
+from zmq.utils.monitor import recv_monitor_message
 
 from cluster.errors import DeadlineExceeded, HandoffFailed, WorkerLost
 from cluster.messages import CODEC, PROTOCOL_VERSION, Decode, Heartbeat, Prefill, Prefilled, Tokens
@@ -21,7 +22,7 @@ from cluster.names import (
     RouterId,
     WorkerId,
 )
-from cluster.request_plane import Leg, WorkerLink
+from cluster.request_plane import MAX_REQUEST_BYTES, Leg, WorkerLink
 from cluster.sockets import Sockets
 from tests.integration.fake_worker import FakeWorker, Plan
 from tests.waiting import until
@@ -118,6 +119,21 @@ async def test_a_worker_drops_and_counts_malformed_frames(
         async with asyncio.timeout(10):
             await stranger.recv()
     assert malformed("request") - before == len(BAD_FRAMES)
+    with pair.decode() as leg:
+        await leg.receive()
+
+
+async def test_a_frame_beyond_a_requests_size_ends_its_connection_and_no_other(
+    pair: Pair, context: zmq.asyncio.Context
+) -> None:
+    with context.socket(zmq.DEALER) as stranger, stranger.get_monitor_socket() as events:
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.connect(pair.worker.socket.endpoint)
+        await stranger.send(bytes(MAX_REQUEST_BYTES + 1))
+        async with asyncio.timeout(10):
+            while (await recv_monitor_message(events))["event"] != zmq.EVENT_DISCONNECTED:
+                pass
+        stranger.disable_monitor()
     with pair.decode() as leg:
         await leg.receive()
 

@@ -20,6 +20,7 @@ MODEL = "tandem-tiny"
 ANSWER = "And it came to pass in those days, that the king went out."
 MAX_BODY_BYTES = RouterSection().max_body_bytes
 MAX_MODEL_LEN = 512
+MAX_SEQUENCES = 8
 
 
 @dataclass
@@ -76,7 +77,7 @@ async def serve(endpoint: Endpoint, started: threading.Event, stop: threading.Ev
             "tool_call_parser": "hermes",
         },
     )
-    frontend = await build_frontend(model, endpoint.flow)
+    frontend = await build_frontend(model, endpoint.flow, MAX_SEQUENCES)
     flow = endpoint.flow
     operations = Operations(
         health=lambda: endpoint.health,

@@ -24,7 +24,7 @@ async def client() -> AsyncIterator[Any]:
 
     tokenizer = Tokenizer.from_file(str(config.BUNDLED_MODEL / "tokenizer.json"))
     flow = FakeFlow(tuple(tokenizer.encode("And it came to pass").ids[1:]))
-    client = TandemEngineClient(build_vllm_config(ModelSection()), flow)
+    client = TandemEngineClient(build_vllm_config(ModelSection()), flow, 8)
     client.flow = flow  # type: ignore[attr-defined]  # for the tests to steer
     yield client
     assert len(flow.endings) == len(flow.requests)
@@ -112,4 +112,28 @@ async def test_adapters_and_raw_streams_are_refused(client: Any) -> None:
         await collect(generate(client, lora_request=object()))
     with pytest.raises(Exception, match="rendered"):
         await collect(client.generate(generate(client), None, "a"))
+    assert not client.flow.requests
+
+
+def nested(depth: int) -> Any:
+    return {"a": nested(depth - 1)} if depth else 1
+
+
+@pytest.mark.parametrize("extra", [{"a": nested(20)}, {"a": "x" * (9 << 20)}, {"a": "\ud800"}])
+async def test_what_no_worker_would_take_is_refused(client: Any, extra: Any) -> None:
+    """A worker drops such a message, and the request would wait for its deadline."""
+    from vllm.inputs import tokens_input
+    from vllm.sampling_params import SamplingParams
+
+    sampling = SamplingParams(max_tokens=8, extra_args=extra)
+    with pytest.raises(Exception, match="parameter") as caught:
+        await collect(client.generate(tokens_input([0, 20, 21]), sampling, "a"))
+    assert caught.value.status_code == 400  # type: ignore[attr-defined]
+    assert not client.flow.requests
+
+
+async def test_more_sequences_than_a_request_may_run(client: Any) -> None:
+    with pytest.raises(Exception, match=r"router\.max_sequences") as caught:
+        await collect(generate(client, n=9))
+    assert caught.value.status_code == 400  # type: ignore[attr-defined]
     assert not client.flow.requests

@@ -21,11 +21,18 @@ from cluster.errors import (
     Unavailable,
     WorkerLost,
 )
-from tests.integration.router.endpoint import MAX_BODY_BYTES, MAX_MODEL_LEN, MODEL, Endpoint
+from tests.integration.router.endpoint import (
+    MAX_BODY_BYTES,
+    MAX_MODEL_LEN,
+    MAX_SEQUENCES,
+    MODEL,
+    Endpoint,
+)
 
 # vLLM uses what it has itself deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
+JSON = {"content-type": "application/json"}
 HELLO = [{"role": "user", "content": "What is wisdom?"}]
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 BODIES = {
@@ -42,6 +49,43 @@ FAILURES = [
     (RequestInvalid("too long for any worker"), 400, "BadRequestError", None),
     (KeyError("a bug"), 500, "InternalServerError", None),
 ]
+
+
+MANY = [
+    (COMPLETIONS, {"n": MAX_SEQUENCES + 1, "temperature": 1}),
+    (COMPLETIONS, {"n": 16_384, "temperature": 1}),
+    (COMPLETIONS, {"prompt": [[1]] * (MAX_SEQUENCES + 1)}),
+    (COMPLETIONS, {"prompt": ["a"] * 3, "n": MAX_SEQUENCES // 2, "temperature": 1}),
+    (CHAT, {"n": MAX_SEQUENCES + 1, "temperature": 1}),
+    (f"{CHAT}/batch", {"messages": [HELLO] * (MAX_SEQUENCES + 1)}),
+]
+
+
+@pytest.mark.parametrize(("path", "given"), MANY)
+def test_more_sequences_than_a_request_may_run(
+    endpoint: Endpoint, path: str, given: dict[str, Any]
+) -> None:
+    body = {**BODIES[CHAT if path.startswith(CHAT) else path], **given}
+    answer = endpoint.post(path, json=body)
+    assert answer.status_code == 400, answer.text
+    assert "router.max_sequences" in answer.json()["error"]["message"]
+    assert not endpoint.flow.requests
+    assert endpoint.post(COMPLETIONS, json=BODIES[COMPLETIONS]).status_code == 200
+
+
+def test_as_many_sequences_as_a_request_may_run(endpoint: Endpoint) -> None:
+    body = {**BODIES[COMPLETIONS], "prompt": ["a"] * (MAX_SEQUENCES // 2), "n": 2}
+    answer = endpoint.post(COMPLETIONS, json={**body, "temperature": 1})
+    assert len(answer.json()["choices"]) == MAX_SEQUENCES
+
+
+def test_millions_of_prompts_are_refused_before_they_are_rendered(endpoint: Endpoint) -> None:
+    prompts = "[" + ",".join(["[1]"] * 1_000_000) + "]"
+    body = f'{{"model": "{MODEL}", "prompt": {prompts}}}'
+    began_s = time.monotonic()
+    assert endpoint.post(COMPLETIONS, content=body, headers=JSON).status_code == 400
+    # Read and counted, not rendered.
+    assert time.monotonic() - began_s < 10
 
 
 @pytest.mark.parametrize(("failure", "status", "kind", "retry_after"), FAILURES)

@@ -26,7 +26,7 @@ listen stats
 
 
 def test_only_the_endpoint_listens_and_only_we_administer() -> None:
-    owned = own_listeners(RENDERED)
+    owned = own_listeners(RENDERED, "127.0.0.1")
     binds = [line.split()[1] for line in owned.splitlines() if line.split()[:1] == ["bind"]]
     assert binds == ["127.0.0.1:8000"]
     assert "a.sock mode 600 level admin" in owned
@@ -34,7 +34,7 @@ def test_only_the_endpoint_listens_and_only_we_administer() -> None:
 
 
 def test_the_rest_is_left_as_it_was() -> None:
-    owned = own_listeners(RENDERED).splitlines()
+    owned = own_listeners(RENDERED, "127.0.0.1").splitlines()
     dropped = [line for line in RENDERED.splitlines() if line not in owned]
     assert dropped == [
         "    stats socket /tmp/x/a.sock mode 666 level admin expose-fd listeners",
@@ -60,16 +60,28 @@ def test_serve_still_renders_what_is_taken_out() -> None:
 
 
 def test_with_a_certificate_the_endpoint_and_nothing_else_speaks_tls() -> None:
-    owned = own_listeners(RENDERED, Path("/tmp/x/endpoint.pem"))
-    plain = own_listeners(RENDERED).splitlines()
+    owned = own_listeners(RENDERED, "127.0.0.1", Path("/tmp/x/endpoint.pem"))
+    plain = own_listeners(RENDERED, "127.0.0.1").splitlines()
     (bind,) = [line for line in owned.splitlines() if line not in plain]
     assert bind.strip() == (
         "bind 127.0.0.1:8000 ssl crt /tmp/x/endpoint.pem alpn http/1.1 ssl-min-ver TLSv1.2"
     )
 
 
+def test_the_endpoint_alone_listens_where_it_was_asked_for() -> None:
+    owned = own_listeners(RENDERED, "0.0.0.0")
+    (bind,) = set(owned.splitlines()) - set(own_listeners(RENDERED, "127.0.0.1").splitlines())
+    assert bind.split() == ["bind", "0.0.0.0:8000"]
+
+
+def test_a_client_has_a_limited_time_to_send_its_head() -> None:
+    lines = own_listeners(RENDERED, "127.0.0.1").splitlines()
+    head = lines.index("    timeout http-request 10s")
+    assert lines[head - 1] == "defaults"
+
+
 def test_the_launcher_hands_on_what_serve_says(tmp_path: Path) -> None:
-    write_launcher(tmp_path / "launch", tmp_path / "endpoint.pem")
+    write_launcher(tmp_path / "launch", "0.0.0.0", tmp_path / "endpoint.pem")
     text = (tmp_path / "launch").read_text()
-    assert f'-m deploy.haproxy "{tmp_path}/endpoint.pem" "$@"' in text
+    assert f'-m deploy.haproxy 0.0.0.0 {tmp_path}/endpoint.pem "$@"' in text
     assert (tmp_path / "launch").stat().st_mode & 0o777 == 0o700

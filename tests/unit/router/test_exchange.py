@@ -19,7 +19,16 @@ from cluster.errors import (
     Unavailable,
     WorkerLost,
 )
-from router.exchange import AsgiApp, ExchangeLayer, Message, Receive, Scope, Send, current_exchange
+from router.exchange import (
+    AsgiApp,
+    Exchange,
+    ExchangeLayer,
+    Message,
+    Receive,
+    Scope,
+    Send,
+    current_exchange,
+)
 from router.http_errors import HttpFailure, failure_of
 
 LIMIT = 100
@@ -117,13 +126,36 @@ async def answer_ok(send: Send) -> None:
 
 
 async def test_answer_passes_with_its_identity() -> None:
+    async def answer(send: Send) -> None:
+        with current_exchange().running(1, at_most=1):
+            await answer_ok(send)
+
     client = Client(headers=[(b"x-request-id", b"known")])
-    await client.call(app_of(answer_ok))
+    await client.call(app_of(answer))
     assert (client.status, client.body) == (200, b"fine")
     assert client.header("content-type") == "x/y"
     assert client.header("x-request-id") == "known"
     assert client.header("x-tandem-prefill-worker") == "prefill-0"
     assert client.header("x-tandem-decode-worker") is None
+
+
+async def test_who_ran_nothing_is_told_of_no_workers() -> None:
+    """Whoever is kept out, or asks for something else, may have named a request of another's."""
+    client = Client(headers=[(b"x-request-id", b"known")])
+    await client.call(app_of(answer_ok))
+    assert client.header("x-request-id") == "known"
+    assert client.header("x-tandem-prefill-worker") is None
+
+
+def test_sequences_are_counted_while_they_run() -> None:
+    exchange = Exchange("a")
+    with exchange.running(3, at_most=4):
+        with pytest.raises(RequestInvalid, match="max_sequences"), exchange.running(2, 4):
+            raise AssertionError("ran")
+        with exchange.running(1, at_most=4):
+            pass
+    with exchange.running(4, at_most=4):
+        pass
 
 
 async def test_missing_id_is_made_and_shown_to_the_app() -> None:
