@@ -2,7 +2,8 @@
 
 An engine is driven from one asyncio loop. `submit` never blocks on computation: everything
 an engine has to say about a request arrives from `outputs`, in order, and ends with exactly
-one output whose `finish_reason` is set.
+one output whose `finish_reason` is set. A request that has ended or was aborted leaves its name
+to another at once, whatever the engine still does with its blocks.
 """
 
 import heapq
@@ -174,7 +175,8 @@ class Engine(Protocol):
 
     def outputs(self) -> AsyncIterator[Sequence[EngineOutput]]: ...
 
-    async def abort(self, request_ids: Sequence[RequestId]) -> None: ...
+    async def abort(self, request_ids: Sequence[RequestId]) -> None:
+        """End open requests wherever they are, what they hold with them; no output follows."""
 
     async def release(self, handoff_ids: Sequence[HandoffId]) -> None: ...
 

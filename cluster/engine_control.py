@@ -5,6 +5,8 @@ no reason; its connector runs beside the scheduler and answers here. Nor does vL
 begins to compute a prompt: the connector does, on a line of its own. And what vLLM's scheduler
 tells its ranks comes with a step, after those scheduled before it: what has no such time is said
 on a line to each rank.
+
+A `key` is what vLLM knows a request by.
 """
 
 import os
@@ -18,7 +20,7 @@ from cluster.messages import Holder, Offer
 from cluster.pairing import CacheLayout
 from cluster.wire import Codec
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 # Behind the control endpoint: where the engine tells its news.
 NEWS_SUFFIX = "-news"
 
@@ -72,7 +74,7 @@ class DropHandoffs:
 class AskFailure:
     """Worker to engine: why did this request's pull fail? Answered once."""
 
-    request_id: str
+    key: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class BlockLoad:
 class Begun:
     """Engine to worker, unasked: the prompt is being computed, and its blocks can be pulled."""
 
-    request_id: str
+    key: str
     offer: Offer
 
 
@@ -116,7 +118,7 @@ class HoldNow:
     `first_token` what was sampled from it; with the next step the same is said once more."""
 
     handoff_id: str
-    request_id: str
+    key: str
     block_ids: tuple[tuple[int, ...], ...]
     first_token: int
 

@@ -15,7 +15,6 @@ import logging
 import os
 import selectors
 import socket
-import struct
 import sys
 import time
 from contextlib import suppress
@@ -24,7 +23,7 @@ import setproctitle
 
 from cluster.forked_worker import become_worker
 from cluster.imports import uncollected
-from cluster.worker_process import MAX_REQUEST_BYTES, REQUEST, ForkRequest, send
+from cluster.worker_process import MAX_REQUEST_BYTES, REQUEST, ForkRequest, peer_uid, send
 from cluster.worker_spec import load
 
 _IDLE_S = 180.0
@@ -134,13 +133,6 @@ def warm_up(request: ForkRequest) -> None:
     # Forks share these pages until someone writes: the collector must not.
     gc.collect()
     gc.freeze()
-
-
-def peer_uid(connection: socket.socket) -> int:
-    """Return the user at the other end of a Unix socket."""
-    size = struct.calcsize("3i")
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
-    return int(struct.unpack("3i", credentials)[1])
 
 
 def main(name: str, raylet_pid: int) -> None:

@@ -21,7 +21,6 @@ class Report:
     """What an engine output means: news for the router, and whether its table entry goes."""
 
     message: WorkerMessage | None
-    ending: Ending = Ending()
     is_last: bool = False
 
 

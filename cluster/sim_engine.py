@@ -44,8 +44,12 @@ class SimulatedModel:
 
 @dataclass(slots=True)
 class _Sequence:
-    """One request in the engine. `num_computed` counts prompt tokens whose KV is in place."""
+    """One request in the engine. `num_computed` counts prompt tokens whose KV is in place.
 
+    `key` names it to the port: an aborted one of its name may not have ended there yet.
+    """
+
+    key: str
     request: EngineRequest
     max_tokens: int
     block_ids: list[int] = field(default_factory=list)
@@ -107,7 +111,7 @@ class SimulatedEngine:
         self._free = list(range(section.num_blocks - 1, 0, -1))
         self._waiting: deque[_Sequence] = deque()
         self._pulling: dict[str, _Sequence] = {}
-        self._num_pulls = 0
+        self._num_submitted = 0
         self._running: list[_Sequence] = []
         self._held: dict[str, tuple[HandoffId, list[int], float]] = {}
         self._outbox: list[EngineOutput] = []
@@ -140,7 +144,9 @@ class SimulatedEngine:
         room = self._model.max_model_len - len(request.prompt_token_ids)
         # A producer makes one token of its own, however many there will be.
         limit = max_tokens if request.produce is not None else min(max_tokens, room)
-        sequence = _Sequence(request, max(1, limit), first_token=request.first_token)
+        self._num_submitted += 1
+        key = f"{request.request_id}/{self._num_submitted}"
+        sequence = _Sequence(key, request, max(1, limit), first_token=request.first_token)
         if request.consume is not None:
             self._port.announce(request.consume)
         self._waiting.append(sequence)
@@ -167,6 +173,8 @@ class SimulatedEngine:
             self._abort(request_id)
 
     def _abort(self, request_id: RequestId) -> None:
+        # What is known of it may not have been said yet.
+        self._outbox = [output for output in self._outbox if output.request_id != request_id]
         for key, sequence in self._pulling.items():
             if sequence.request.request_id == request_id:
                 # Its blocks are being written: they are free when the pull says it has ended.
@@ -187,7 +195,7 @@ class SimulatedEngine:
             if sequence.is_held and sequence.request.produce is not None:
                 # Somebody may be reading them: they are free when the port says so.
                 self._hold_for(sequence, sequence.block_ids)
-                self._port.abandon(sequence.request.request_id, sequence.request.produce)
+                self._port.abandon(sequence.key, sequence.request.produce)
                 return
         self._release_blocks(sequence.block_ids)
         sequence.block_ids = []
@@ -265,18 +273,15 @@ class SimulatedEngine:
             self._running.append(sequence)
             self._open(sequence)
             return
-        # An aborted one of the same name may not have ended yet.
-        self._num_pulls += 1
-        key = f"{sequence.request.request_id}/{self._num_pulls}"
-        self._pulling[key] = sequence
+        self._pulling[sequence.key] = sequence
         pulled = sequence.block_ids[: self._num_blocks(sequence.num_to_pull)]
-        self._port.pull(key, offer, pulled, sequence.request.awaits_token)
+        self._port.pull(sequence.key, offer, pulled, sequence.request.awaits_token)
 
     def _open(self, sequence: _Sequence) -> None:
         """Let a producing sequence's blocks be pulled as they come."""
         request = sequence.request
         if sequence.is_held and request.produce is not None:
-            self._port.open(request.request_id, request.produce)
+            self._port.open(sequence.key, request.produce)
             offer = self._offer(sequence, request.produce)
             self._outbox.append(EngineOutput(request.request_id, offer=offer))
 
@@ -341,19 +346,18 @@ class SimulatedEngine:
 
     def _hold(self, sequence: _Sequence, first_token: int) -> Offer:
         assert sequence.request.produce is not None
-        key, handoff_id = sequence.request.request_id, sequence.request.produce
+        handoff_id = sequence.request.produce
         num_held = self._num_blocks(sequence.num_prompt)
         held, spare = sequence.block_ids[:num_held], sequence.block_ids[num_held:]
         self._release_blocks(spare)
         self._hold_for(sequence, held)
-        self._port.hold(key, handoff_id, held, first_token)
+        self._port.hold(sequence.key, handoff_id, held, first_token)
         return self._offer(sequence, handoff_id)
 
     def _hold_for(self, sequence: _Sequence, block_ids: list[int]) -> None:
         """Keep blocks until the port says that nobody reads them any more."""
         assert sequence.request.produce is not None
-        name, now = sequence.request.produce, time.monotonic()
-        self._held[sequence.request.request_id] = (name, block_ids, now)
+        self._held[sequence.key] = (sequence.request.produce, block_ids, time.monotonic())
 
     def _offer(self, sequence: _Sequence, handoff_id: HandoffId) -> Offer:
         return Offer(

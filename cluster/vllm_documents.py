@@ -1,4 +1,4 @@
-"""vLLM's sampling parameters and log-probabilities as documents the wire carries, both ways.
+"""vLLM's sampling parameters, log-probabilities and counts as what the wire carries.
 
 A document holds only what `cluster.wire` accepts. The router writes sampling documents after
 vLLM's input processor has filled the derived fields (EOS, stop ids, bad-word ids, the chosen
@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from vllm.exceptions import VLLMError
 from vllm.sampling_params import SamplingParams
+from vllm.v1.metrics.stats import PrefillStats as VllmPrefillStats
 from vllm.v1.outputs import LogprobsLists, LogprobsTensors
 
 from cluster.errors import RequestInvalid
+from cluster.messages import PrefillStats
 
 _GRAMMAR = "structured_outputs"
 # msgspec leaves out a number that is the default object itself, not one that equals it.
@@ -77,4 +79,19 @@ def prompt_logprobs_from_document(document: Mapping[str, Any]) -> LogprobsTensor
         torch.tensor(document["token_ids"], dtype=torch.int32),
         torch.tensor(document["logprobs"], dtype=torch.float32),
         torch.tensor(document["ranks"], dtype=torch.int32),
+    )
+
+
+def prefill_stats(stats: VllmPrefillStats | None, is_continued: bool) -> PrefillStats | None:
+    """Return the counts of the prompt alone.
+
+    The last of what vLLM takes for one is never cached nor transferred.
+    """
+    if stats is None:
+        return None
+    return PrefillStats(
+        num_prompt_tokens=stats.num_prompt_tokens - is_continued,
+        num_computed_tokens=stats.num_computed_tokens - is_continued,
+        num_local_cached_tokens=stats.num_local_cached_tokens,
+        num_transferred_tokens=stats.num_external_cached_tokens,
     )

@@ -29,7 +29,6 @@ from vllm.v1.engine import FinishReason as VllmFinishReason
 from vllm.v1.engine.core_client import AsyncMPClient, EngineCoreClient
 from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.executor import Executor
-from vllm.v1.metrics.stats import PrefillStats as VllmPrefillStats
 
 from cluster.config import HandoffSection, ModelSection
 from cluster.engine import (
@@ -53,11 +52,13 @@ from cluster.engine_control import (
     RankLines,
     bind_locally,
 )
-from cluster.messages import PrefillStats, Receipt
+from cluster.messages import Receipt
 from cluster.metrics import MALFORMED_FRAMES
 from cluster.names import FinishReason, HandoffId, RequestId, WorkerId
+from cluster.submissions import Submission, Submissions
 from cluster.vllm_documents import (
     logprobs_document,
+    prefill_stats,
     prompt_logprobs_document,
     sampling_from_document,
 )
@@ -149,10 +150,7 @@ class VllmEngine:
         self._epoch = secrets.randbits(63)
         # An abstract socket: nothing on disk, gone with the process however it ends.
         self._control_endpoint = f"ipc://@{settings.worker_id}-{self._epoch:x}"
-        self._waiting: set[str] = set()
-        self._running: set[str] = set()
-        # Those whose first token is part of what vLLM takes for their prompt.
-        self._continued: set[str] = set()
+        self._submissions = Submissions()
         self._client: AsyncMPClient | None = None
         self._news: zmq.asyncio.Socket | None = None
         self._lines: RankLines | None = None
@@ -234,11 +232,10 @@ class VllmEngine:
         prompt_token_ids = list(request.prompt_token_ids)
         if request.first_token is not None:
             prompt_token_ids.append(request.first_token)
-            self._continued.add(request.request_id)
-        self._waiting.add(request.request_id)
+        is_continued = request.first_token is not None
         await self._core.add_request_async(
             EngineCoreRequest(
-                request_id=request.request_id,
+                request_id=self._submissions.open(request.request_id, is_continued),
                 prompt_token_ids=prompt_token_ids,
                 mm_features=None,
                 sampling_params=sampling,
@@ -282,12 +279,18 @@ class VllmEngine:
             while True:
                 await asyncio.wait((step, news), return_when=asyncio.FIRST_COMPLETED)
                 if news.done():
-                    if (begun := _begun(news.result())) is not None:
+                    if (begun := self._begun(news.result())) is not None:
                         yield [begun]
                     news = asyncio.ensure_future(self._news.recv())
                 if step.done():
-                    if step.result().outputs:
-                        yield [await self._output(output) for output in step.result().outputs]
+                    said = step.result().outputs
+                    reasons = [await self._failure(output) for output in said]
+                    # Nothing is awaited from here to the yield: no abort comes between.
+                    unwanted = self._unwanted(said)
+                    if told := self._told(said, reasons):
+                        yield told
+                    if unwanted:
+                        await self.release(unwanted)
                     step = asyncio.ensure_future(self._core.get_output_async())
         except EngineDeadError as error:
             raise EngineDead(f"vLLM engine of {self._settings.worker_id} died") from error
@@ -295,31 +298,58 @@ class VllmEngine:
             step.cancel()
             news.cancel()
 
-    async def _output(self, output: EngineCoreOutput) -> EngineOutput:
-        request_id = RequestId(output.request_id)
-        if request_id in self._waiting:
-            # Not for what was aborted while this output was on its way.
-            self._waiting.discard(request_id)
-            self._running.add(request_id)
+    def _begun(self, frame: bytes) -> EngineOutput | None:
+        """Return the news that an open prompt is being computed; None for anything else."""
+        try:
+            news = CODEC.decode(frame)
+        except WireError as error:
+            MALFORMED_FRAMES.labels("engine").inc()
+            logger.warning("dropped a malformed frame from the engine: %s", error)
+            return None
+        if not isinstance(news, Begun):
+            return None
+        begun = self._submissions.find(news.key)
+        return None if begun is None else EngineOutput(begun.request_id, offer=news.offer)
+
+    def _told(
+        self, outputs: Sequence[EngineCoreOutput], reasons: Sequence[str | None]
+    ) -> list[EngineOutput]:
+        """Return a step's news of what is open; what is aborted can have crossed its abort."""
+        return [
+            self._output(output, submission, reason)
+            for output, reason in zip(outputs, reasons, strict=True)
+            if (submission := self._submissions.find(output.request_id)) is not None
+        ]
+
+    def _unwanted(self, outputs: Sequence[EngineCoreOutput]) -> list[HandoffId]:
+        """Return what is held for prompts that were aborted as they finished."""
+        offers = [
+            self._settings.words.offered(output.kv_transfer_params)
+            for output in outputs
+            if self._submissions.find(output.request_id) is None
+        ]
+        return [offer.handoff_id for offer in offers if offer is not None]
+
+    def _output(
+        self, output: EngineCoreOutput, submission: Submission, reason: str | None
+    ) -> EngineOutput:
+        submission.is_running = True
         if output.finish_reason is not None:
-            self._running.discard(request_id)
-        stats = _stats(output.prefill_stats, is_continued=request_id in self._continued)
-        if stats is not None or output.finish_reason is not None:
-            self._continued.discard(request_id)
+            self._submissions.close(output.request_id)
         params = output.kv_transfer_params or {}
         receipt = params.get("receipt")
         prompt_logprobs = output.new_prompt_logprobs_tensors
         return EngineOutput(
-            request_id=request_id,
+            request_id=submission.request_id,
             token_ids=tuple(output.new_token_ids),
             finish_reason=None if output.finish_reason is None else _FINISH[output.finish_reason],
             stop_reason=output.stop_reason,
             logprobs=logprobs_document(output.new_logprobs) if output.new_logprobs else None,
             prompt_logprobs=prompt_logprobs_document(prompt_logprobs) if prompt_logprobs else None,
-            stats=stats,
+            stats=prefill_stats(output.prefill_stats, submission.is_continued),
             offer=self._settings.words.offered(params),
             receipt=Receipt(**receipt) if receipt else None,
-            handoff_error=await self._failure(output),
+            handoff_error=reason,
         )
 
     async def _failure(self, output: EngineCoreOutput) -> str | None:
@@ -331,11 +361,8 @@ class VllmEngine:
         return answer.reason
 
     async def abort(self, request_ids: Sequence[RequestId]) -> None:
-        """End requests wherever they are; no output follows."""
-        self._waiting.difference_update(request_ids)
-        self._running.difference_update(request_ids)
-        self._continued.difference_update(request_ids)
-        await self._core.abort_requests_async(list(request_ids))
+        keys = [key for name in request_ids if (key := self._submissions.abort(name)) is not None]
+        await self._core.abort_requests_async(keys)
         self._wake()
 
     async def release(self, handoff_ids: Sequence[HandoffId]) -> None:
@@ -352,8 +379,8 @@ class VllmEngine:
     async def load(self) -> EngineLoad:
         blocks = await self._ask_load(AskLoad())
         return EngineLoad(
-            num_running=len(self._running),
-            num_waiting=len(self._waiting),
+            num_running=self._submissions.num_running,
+            num_waiting=self._submissions.num_waiting,
             num_blocks=blocks.num_blocks,
             num_free_blocks=blocks.num_free_blocks,
             num_held_blocks=blocks.num_held_blocks,
@@ -398,19 +425,6 @@ class VllmEngine:
         return self._client
 
 
-def _begun(frame: bytes) -> EngineOutput | None:
-    """Return the news that a prompt is being computed; None for what is no news of the engine's."""
-    try:
-        news = CODEC.decode(frame)
-    except WireError as error:
-        MALFORMED_FRAMES.labels("engine").inc()
-        logger.warning("dropped a malformed frame from the engine: %s", error)
-        return None
-    if not isinstance(news, Begun):
-        return None
-    return EngineOutput(RequestId(news.request_id), offer=news.offer)
-
-
 def _cpu_defaults() -> dict[str, Any]:
     """Return what vLLM's own defaults get wrong for engines that share a CPU host.
 
@@ -420,21 +434,6 @@ def _cpu_defaults() -> dict[str, Any]:
     if not current_platform.is_cpu():
         return {}
     return {"kv_cache_memory_bytes": 2**30, "enforce_eager": True}
-
-
-def _stats(stats: VllmPrefillStats | None, is_continued: bool) -> PrefillStats | None:
-    """Return the counts of the prompt alone.
-
-    The last of what vLLM takes for one is never cached nor transferred.
-    """
-    if stats is None:
-        return None
-    return PrefillStats(
-        num_prompt_tokens=stats.num_prompt_tokens - is_continued,
-        num_computed_tokens=stats.num_computed_tokens - is_continued,
-        num_local_cached_tokens=stats.num_local_cached_tokens,
-        num_transferred_tokens=stats.num_external_cached_tokens,
-    )
 
 
 def _counts(counts: Mapping[str, object]) -> dict[str, int]:

@@ -32,7 +32,7 @@ from cluster.metrics import BUSY_SECONDS
 from cluster.names import Component, RequestId, Role
 from cluster.request_plane import WorkerSocket
 from cluster.ring_file import key_source
-from cluster.roles import Ending, WorkerRole
+from cluster.roles import WorkerRole
 from cluster.snapshot import WorkerEntry
 from cluster.sockets import Sockets
 from cluster.stages import without_times
@@ -167,16 +167,21 @@ class Worker:
         elif isinstance(message, Cancel):
             if self._owners.get(message.request_id) == peer:
                 await self._cancel(message.request_id)
-                await self._forget(message.request_id)
         elif isinstance(message, ChangeRole):
             await self._change_role(message)
         else:
             await self._submit(peer, message)
 
     async def _cancel(self, request_id: RequestId) -> None:
+        """End a request; one of the same name may come while it is ended."""
         ending = self._role.cancel(request_id)
         self._metrics.cancel(self._role_name, ending)
-        await self._end(ending)
+        self._forget(request_id)
+        if ending.abort:
+            await self._engine.abort(ending.abort)
+        if ending.release:
+            await self._engine.release(ending.release)
+        await self._take_next_role()
 
     async def _submit(self, peer: bytes, message: Prefill | Decode) -> None:
         if message.request_id in self._owners:
@@ -209,8 +214,9 @@ class Worker:
     async def _refuse(self, peer: bytes, failed: Failed) -> None:
         self._metrics.refuse("invalid")
         self._role.cancel(failed.request_id)
+        self._forget(failed.request_id)
         await self._socket.send(peer, [failed])
-        await self._forget(failed.request_id)
+        await self._take_next_role()
 
     # Roles.
 
@@ -264,29 +270,18 @@ class Worker:
 
     async def _send_reports(self, outputs: Sequence[EngineOutput]) -> None:
         batches: dict[bytes, list[WorkerMessage]] = {}
-        ended: list[RequestId] = []
+        # Nothing is awaited in here: after a cancel the same name may be another request's.
         for output in outputs:
             self._work.count(self._role_name, output)
             self._metrics.count(self._role_name, output)
-            # An abort can cross a prompt's finish, and then comes after a change of role.
-            is_prompt = output.offer is not None
-            report = (self._roles[Role.PREFILL] if is_prompt else self._role).report(output)
-            peer = self._owners.get(output.request_id)
-            if report.message is not None and peer is not None:
-                batches.setdefault(peer, []).append(report.message)
+            report = self._role.report(output)
+            if report.message is not None:
+                batches.setdefault(self._owners[output.request_id], []).append(report.message)
             if report.is_last:
-                ended.append(output.request_id)
-            await self._end(report.ending)
+                self._forget(output.request_id)
         for peer, messages in batches.items():
             await self._socket.send(peer, messages)
-        for request_id in ended:
-            await self._forget(request_id)
-
-    async def _end(self, ending: Ending) -> None:
-        if ending.abort:
-            await self._engine.abort(ending.abort)
-        if ending.release:
-            await self._engine.release(ending.release)
+        await self._take_next_role()
 
     # Silence.
 
@@ -312,13 +307,11 @@ class Worker:
             # A router that was only held up goes on, and must not wait for what was ended.
             ended = Failed(request_id, "engine", "ended: the router was silent")
             await self._socket.send(peer, [ended])
-            await self._forget(request_id)
 
-    async def _forget(self, request_id: RequestId) -> None:
-        """Drop a request from the tables; with the last one a change of role may happen."""
+    def _forget(self, request_id: RequestId) -> None:
+        """Drop a request from the tables."""
         peer = self._owners.pop(request_id, None)
         if peer is not None and peer in self._peers:
             self._peers[peer].request_ids.discard(request_id)
         if not self._owners:
             self._work.set_busy(False, time.monotonic())
-            await self._take_next_role()

@@ -13,7 +13,7 @@ from cluster.stages import times_in
 
 # Longer than a pull that got stuck takes to give its blocks back.
 _SETTLE_S = 2.0
-_READS_REFUSED = ("unknown", "ended", "stale_epoch", "layout", "range", "transport")
+_READS_REFUSED = ("unknown", "ended", "stale_epoch", "layout", "range", "transport", "crowded")
 # The engine's totals by the prefix of their keys: the metric each kind is exported as, and what
 # is shown as 0 before it has happened, so that the first time is seen as an increase.
 _BY_PREFIX = {
@@ -33,6 +33,7 @@ _FAULTS = (
     "parcels_overdue",
     "frames_malformed",
     "port_errors",
+    "reads_broken",
 )
 
 

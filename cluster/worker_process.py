@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -156,14 +157,31 @@ class WorkerProcess:
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
                 connection.connect(f"\0{self._name}")
-                return connection
             except ConnectionRefusedError:
                 connection.close()
+            else:
+                return _trusted(connection)
             if not is_launched:
                 await asyncio.to_thread(_launch_template, self._name)
                 is_launched = True
             await asyncio.sleep(_POLL_S)
         raise StartFailed(f"no template process within {_LAUNCH_TIMEOUT_S:.0f} s")
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """Return the user at the other end of a Unix socket."""
+    size = struct.calcsize("3i")
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, size)
+    return int(struct.unpack("3i", credentials)[1])
+
+
+def _trusted(connection: socket.socket) -> socket.socket:
+    """Return a connection to a process of our user; anybody may take an abstract name, and what
+    is sent next holds this process's environment."""
+    if (uid := peer_uid(connection)) == os.getuid():
+        return connection
+    connection.close()
+    raise StartFailed(f"user {uid} listens where this user's template process should")
 
 
 def _template_name(node: str) -> str:

@@ -30,11 +30,9 @@ class DecodeRole:
     def report(self, output: EngineOutput) -> Report:
         """Pass tokens on; say of a failure whether another hand-off may cure it."""
         is_last = output.finish_reason is not None
-        num_before = self._num_sent.get(output.request_id, 0)
-        if is_last:
-            self._num_sent.pop(output.request_id, None)
-        elif output.request_id in self._num_sent:
-            self._num_sent[output.request_id] += len(output.token_ids)
+        num_before = self._num_sent.pop(output.request_id)
+        if not is_last:
+            self._num_sent[output.request_id] = num_before + len(output.token_ids)
         if output.finish_reason is FinishReason.ERROR:
             return Report(_failed(output), is_last=True)
         message = Tokens(

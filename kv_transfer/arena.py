@@ -129,6 +129,30 @@ def _release(buffer: Memory) -> None:
             buffer.release()
 
 
+class ArenaTransport:
+    """What transports over an arena have in common; a subclass makes it, for the first consumer
+    that asks for its address at the latest."""
+
+    def __init__(self, shape: ArenaShape) -> None:
+        self._shape = shape
+        self._arena: Arena | None = None
+
+    def can_carry(self, num_bytes: int, reader: str) -> bool:
+        return num_bytes <= self._shape.slot_bytes
+
+    def stage(self, num_bytes: int, reader: str) -> Stage | None:
+        return self._arena.stage(num_bytes) if self._arena is not None else None
+
+    def free(self, parcel: int) -> None:
+        if self._arena is not None:
+            self._arena.free(parcel)
+
+    def close(self) -> None:
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+
 class ArenaInlet:
     """A consumer's view of somebody's arena; trusts nothing that is written there."""
 

@@ -24,6 +24,11 @@ class ArrayBlockStore:
         self.device: str | None = None
         self.total_bytes = sum(region.nbytes for group in regions for region in group)
         self._regions = regions
+        # Asked for with every chunk that is read in place.
+        self._places = [
+            [Region(rows.ctypes.data, rows.strides[0], rows.shape[1]) for rows in group]
+            for group in regions
+        ]
 
     def gather(self, group: int, block_ids: Sequence[int], into: Memory) -> None:
         rows = np.array(block_ids, np.intp)
@@ -33,7 +38,7 @@ class ArrayBlockStore:
 
     def scatter(self, group: int, block_ids: Sequence[int], payload: Content) -> None:
         if isinstance(payload, RemoteBlocks):
-            payload.copy_to(pieces(self.regions()[group], block_ids))
+            payload.copy_to(pieces(self._places[group], block_ids))
             return
         rows = np.array(block_ids, np.intp)
         for region, part in self._parts(group, len(rows), host_bytes(payload)):
@@ -43,10 +48,7 @@ class ArrayBlockStore:
         return host_checksum(host_bytes(payload))
 
     def regions(self) -> Regions:
-        return [
-            [Region(rows.ctypes.data, rows.strides[0], rows.shape[1]) for rows in group]
-            for group in self._regions
-        ]
+        return self._places
 
     def _parts(
         self, group: int, num_rows: int, memory: memoryview

@@ -6,7 +6,7 @@ thread.
 
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,13 @@ from cluster.names import HandoffId
 from cluster.pairing import NO_LAYOUT
 from cluster.process_guard import die_with_parent, end_quickly
 from cluster.wire import WireError
-from kv_transfer.connector_settings import ConnectorSettings, Orders, PortAddress, WorkerReport
+from kv_transfer.connector_settings import (
+    ConnectorSettings,
+    Orders,
+    PortAddress,
+    WorkerReport,
+    add_receipt,
+)
 from kv_transfer.consumer import Pull
 from kv_transfer.layout import num_blocks_for
 from kv_transfer.producer import Hold
@@ -57,7 +63,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.block_pool import BlockPool
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
-    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec, KVCacheSpec
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
@@ -73,16 +79,35 @@ _ONE_TOKEN_ONE_PLACE = (
 )
 
 
+def step_without_pause() -> None:
+    """Let this process schedule at once what a step without tokens has brought.
+
+    vLLM pauses for a millisecond after each such step, for transfer threads' sake (`EngineCoreProc.
+    _process_engine_step`). Ours have their ranks sleep in the step itself until there is news, so
+    the pause would only delay every pulled request by that much.
+    """
+    from vllm.v1.engine.core import EngineCoreProc
+
+    def step(core: Any) -> bool:
+        outputs, is_executed = core.step_fn()
+        for output in (outputs or {}).items():
+            core.output_queue.put_nowait(output)
+        core.post_step(is_executed)
+        return bool(is_executed)
+
+    EngineCoreProc._process_engine_step = step
+
+
 class SchedulerHalf:
     """Turns vLLM's scheduling callbacks into orders for the worker halves."""
 
     def __init__(self, settings: ConnectorSettings, kv_cache_config: "KVCacheConfig") -> None:
         die_with_parent()
         end_quickly()
+        step_without_pause()
         self._settings = settings
-        self._block_sizes = [
-            group.kv_cache_spec.block_size for group in kv_cache_config.kv_cache_groups
-        ]
+        self._specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+        self._block_sizes = [spec.block_size for spec in self._specs]
         self._orders = Orders()
         self._prompts: dict[str, tuple[HandoffId, Request]] = {}
         self._progress = Progress(list(map(_finished_size, kv_cache_config.kv_cache_groups)))
@@ -96,6 +121,7 @@ class SchedulerHalf:
         self._held: dict[str, tuple[HandoffId, int, float]] = {}
         self._receipts: dict[str, Receipt] = {}
         self._failures: dict[str, str] = {}
+        self._rank_totals: dict[int, dict[str, int]] = {}
         self._totals: dict[str, int] = {}
         self._drops: deque[HandoffId] = deque()
         self._endpoints: tuple[str, ...] = ()
@@ -137,8 +163,19 @@ class SchedulerHalf:
         offer = self._offers.get(request.request_id)
         if offer is None or request.num_output_tokens:
             return 0, False
-        num_tokens = self._end_of_pull(request, offer) - num_computed
-        return (num_tokens, True) if num_tokens > 0 else (0, False)
+        end = self._end_of_pull(request, offer)
+        if end <= num_computed or not self._has_producer_kept(end, offer.num_tokens):
+            return 0, False
+        return end - num_computed, True
+
+    def _has_producer_kept(self, end: int, num_tokens: int) -> bool:
+        """Whether a producer whose prompt has `num_tokens` still has all that goes on from `end`
+        attends to: its windows have moved on to the end of the prompt."""
+        return all(
+            _first_kept(spec, num_tokens) // spec.block_size
+            <= _first_kept(spec, end) // spec.block_size
+            for spec in self._specs
+        )
 
     def on_blocks_allocated(
         self, request: "Request", blocks: "KVCacheBlocks", num_tokens: int
@@ -243,13 +280,22 @@ class SchedulerHalf:
         self._pulling.difference_update(output.finished_recving or ())
 
     def _take_in(self, report: WorkerReport) -> None:
-        """Keep what will be asked for: nobody asks what a cancelled or failed pull brought."""
-        self._totals = report.totals
+        """Keep what will be asked for: nobody asks what a cancelled or failed pull brought.
+
+        Ranks end a pull in different steps. vLLM fails its request with the last of them, before
+        it tells what that one reports.
+        """
+        self._rank_totals |= report.totals
+        totals: Counter[str] = Counter()
+        for counts in self._rank_totals.values():
+            totals.update(counts)
+        self._totals = dict(totals)
         for key, receipt in report.receipts.items():
-            if key in self._pulling and key in report.failures:
-                self._failures[key] = report.failures[key]
-            elif key in self._pulling:
-                self._receipts[key] = receipt
+            if key in report.failures:
+                if key in self._pulling:
+                    self._failures.setdefault(key, report.failures[key])
+            elif key in self._unfinished:
+                self._receipts[key] = add_receipt(self._receipts.get(key), receipt)
                 self._go_on(key, report.tokens.get(key))
 
     def _go_on(self, key: str, token: int | None) -> None:
@@ -286,6 +332,7 @@ class SchedulerHalf:
             self._orders.given_up.append(unused)
         if key in self._pulling and request.status is RequestStatus.FINISHED_ABORTED:
             self._pulling.discard(key)
+            self._failures.pop(key, None)
             self._orders.cancels.append(key)
         receipt = self._receipts.pop(key, None)
         return False, {"receipt": asdict(receipt)} if receipt else None
@@ -343,7 +390,7 @@ class SchedulerHalf:
     def _answer(self, request: object) -> BlockLoad | PullFailure:
         if isinstance(request, AskFailure):
             # Recorded before vLLM sends the error output that makes the worker ask.
-            return PullFailure(self._failures.pop(request.request_id, None))
+            return PullFailure(self._failures.pop(request.key, None))
         if isinstance(request, DropHandoffs):
             self._drops.extend(map(HandoffId, request.handoff_ids))
         return self._load()
@@ -368,3 +415,13 @@ def _finished_size(group: "KVCacheGroupSpec") -> int | None:
     """Return the tokens after which a block changes no more; a state changes with every one."""
     spec = group.kv_cache_spec
     return spec.block_size if type(spec) in _ONE_TOKEN_ONE_PLACE else None
+
+
+def _first_kept(spec: "KVCacheSpec", num_computed: int) -> int:
+    """Return the position of the first token that the next one attends to, as vLLM has it
+    (`get_num_skipped_tokens` in `vllm/v1/core/single_type_kv_cache_manager.py`)."""
+    if isinstance(spec, SlidingWindowSpec):
+        return max(0, num_computed - spec.sliding_window + 1)
+    if isinstance(spec, ChunkedLocalAttentionSpec):
+        return num_computed - num_computed % spec.attention_chunk_size
+    return 0

@@ -69,27 +69,29 @@ class Orders(KVConnectorMetadata):
 @dataclass
 class WorkerReport(KVConnectorWorkerMetadata):
     """Worker halves to scheduler half: receipts, failures and awaited first tokens by request,
-    port totals."""
+    port totals by rank. A rank without news is not in it."""
 
     receipts: dict[str, Receipt]
     failures: dict[str, str]
     tokens: dict[str, int]
-    totals: dict[str, int]
+    totals: dict[int, dict[str, int]]
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> "WorkerReport":
-        """Add another rank's report: bytes add up, the slowest rank's time counts."""
+        """Add another rank's report."""
         assert isinstance(other, WorkerReport)
         for key, theirs in other.receipts.items():
-            ours = self.receipts.get(key)
-            self.receipts[key] = theirs if ours is None else _sum(ours, theirs)
+            self.receipts[key] = add_receipt(self.receipts.get(key), theirs)
         self.failures |= other.failures
         self.tokens |= other.tokens
-        for kind, count in other.totals.items():
-            self.totals[kind] = self.totals.get(kind, 0) + count
+        self.totals |= other.totals
         return self
 
 
-def _sum(ours: Receipt, theirs: Receipt) -> Receipt:
+def add_receipt(ours: Receipt | None, theirs: Receipt) -> Receipt:
+    """Add one rank's share of a pull to those before it: bytes add up, the slowest rank's time
+    counts."""
+    if ours is None:
+        return theirs
     return Receipt(
         ours.num_blocks + theirs.num_blocks,
         ours.received_bytes + theirs.received_bytes,

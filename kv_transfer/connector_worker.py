@@ -1,11 +1,14 @@
 """The half of the connector in each vLLM worker: its KV tensors behind a hand-off port."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
 from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
+from cluster.engine import EndedPull
 from cluster.process_guard import die_with_parent, end_quickly
 from cluster.ring_file import key_source
 from cluster.vllm_cpu import claim_amx_tiles, make_seeded_prompts_chunkable
@@ -32,8 +35,9 @@ class UnsupportedCache(ValueError):
 def block_rows(name: str, cache: torch.Tensor, num_blocks: int) -> list[torch.Tensor]:
     """Return byte matrices [num_blocks, bytes] over `cache`, without copying.
 
-    Backends put the block dimension first, or second behind a K/V pair; anything else, or a
-    block that is not contiguous, raises `UnsupportedCache`.
+    Backends put the block dimension first, or second behind a K/V pair, and a block's own
+    dimensions in any order (`KVCacheLayout`); anything else, or one whose bytes are not all of a
+    piece, raises `UnsupportedCache`.
     """
     if cache.shape[0] == num_blocks:
         parts = [cache]
@@ -41,9 +45,22 @@ def block_rows(name: str, cache: torch.Tensor, num_blocks: int) -> list[torch.Te
         parts = list(cache.unbind(0))
     else:
         raise UnsupportedCache(f"{name}: no block dimension in {tuple(cache.shape)}")
-    if not all(part[0].is_contiguous() for part in parts):
-        raise UnsupportedCache(f"{name}: a block is not contiguous in {tuple(cache.shape)}")
-    return [part.view(torch.uint8).view(num_blocks, -1) for part in parts]
+    if not all(map(_is_compact, parts)):
+        strides = f"{tuple(cache.shape)} with strides {cache.stride()}"
+        raise UnsupportedCache(f"{name}: a block is not of a piece in {strides}")
+    flat = [part.as_strided((num_blocks, part[0].numel()), (part.stride(0), 1)) for part in parts]
+    return [rows.view(torch.uint8) for rows in flat]
+
+
+def _is_compact(blocks: torch.Tensor) -> bool:
+    """Whether there are no gaps between blocks, nor, in some order, between a block's numbers."""
+    sizes = {dim: size for dim, size in enumerate(blocks.shape) if size > 1}
+    dense = 1
+    for dim in sorted(sizes, key=blocks.stride):
+        if blocks.stride(dim) != dense:
+            return False
+        dense *= sizes[dim]
+    return bool(blocks.stride(0) * blocks.shape[0] == dense)
 
 
 def are_tensors_needed(transports: tuple[str, ...]) -> bool:
@@ -105,9 +122,8 @@ class WorkerHalf:
             shapes = self._shapes(group, kv_caches)
             groups.append(GroupLayout(group.kv_cache_spec.block_size, sizes, shapes))
         settings = self._settings
-        store = store_over(
-            BlockLayout(tuple(groups), self._identity()), regions, settings.handoff.transports
-        )
+        layout = BlockLayout(tuple(groups), self._identity(self._kernel(groups)))
+        store = store_over(layout, regions, settings.handoff.transports)
         if settings.handoff.wire_dtype != "as_is":
             if store.device is not None:
                 raise UnsupportedCache("handoff.wire_dtype packs blocks in host memory only")
@@ -140,10 +156,27 @@ class WorkerHalf:
         known = tuple(shape for shape in found if shape is not None)
         return known if len(known) == len(found) else ()
 
-    def _identity(self) -> dict[str, str | int]:
+    def _kernel(self, groups: Sequence[GroupLayout]) -> str:
+        """Return what lays blocks out on this processor, where their tokens are not known; another
+        one may lay blocks of the same size out another way."""
+        is_host = self._vllm_config.device_config.device_type == "cpu"
+        is_packed = self._settings.handoff.wire_dtype != "as_is"
+        if not is_host or (BlockLayout(tuple(groups), {}).is_recuttable and not is_packed):
+            return ""
+        # It imports what only vLLM's CPU build has.
+        from kv_transfer.cpu_cells import kernel_of
+
+        dtype = self._vllm_config.model_config.dtype
+        cache_dtype = str(self._vllm_config.cache_config.cache_dtype)
+        specs = [group.kv_cache_spec for group in self._kv_cache_config.kv_cache_groups]
+        return "+".join(kernel_of(spec, dtype, cache_dtype) for spec in specs)
+
+    def _identity(self, kernel: str) -> dict[str, str | int]:
         model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
         cache = self._vllm_config.cache_config
         return {
+            "cache_layout": str(cache.kv_cache_layout),
+            "kernel": kernel,
             "model": model.model,
             "revision": str(model.revision),
             "dtype": str(model.dtype),
@@ -199,7 +232,7 @@ class WorkerHalf:
         assert self._port is not None and self._line is not None
         if self._patience_s is not None:
             self._line.wait(self._patience_s)
-        freed, pulls = self._port.take_freed(), self._port.take_pulls()
+        freed, pulls = self._port.take_freed(), list(map(self._checked, self._port.take_pulls()))
         if self._patience_s is not None and (freed or pulls):
             self._line.rouse()
         failures = {pull.key: pull.failure for pull in pulls if pull.failure}
@@ -207,13 +240,21 @@ class WorkerHalf:
         if pulls or totals != self._last_totals:
             receipts = {pull.key: pull.receipt for pull in pulls}
             tokens = {p.key: p.first_token for p in pulls if p.first_token is not None}
-            self._report = WorkerReport(receipts, failures, tokens, totals)
+            self._report = WorkerReport(receipts, failures, tokens, {self._rank: totals})
             self._last_totals = totals
         return KVConnectorTransferResults(
             finished_sending=set(freed),
             finished_recving={pull.key for pull in pulls},
             failed_recving=set(failures),
         )
+
+    def _checked(self, pull: EndedPull) -> EndedPull:
+        """Fail a pull whose first token the model does not know: it would end this engine."""
+        num_tokens = self._vllm_config.model_config.get_vocab_size()
+        if pull.first_token is None or 0 <= pull.first_token < num_tokens:
+            return pull
+        reason = f"the producer's first token is {pull.first_token}, not one of {num_tokens}"
+        return replace(pull, failure=reason, first_token=None)
 
     def take_receipts(self) -> WorkerReport | None:
         report, self._report = self._report, None

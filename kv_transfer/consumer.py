@@ -3,6 +3,7 @@
 Single-threaded: `port.HandoffPort` calls it from its one thread with the time of the call.
 """
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -210,6 +211,11 @@ class Consumer:
         else:
             yield from self._accept(active, message, payload, now)
 
+    def excuse(self, now: float) -> None:
+        """This process stood still: what has been said meanwhile has not been read yet."""
+        for handoff_id, active in self._active.items():
+            self._active[handoff_id] = replace(active, heard=now)
+
     def tick(self, now: float) -> Iterable[Order]:
         """Fail pulls that stall; renew leases of what waits for local blocks."""
         for active in list(self._active.values()):
@@ -302,6 +308,8 @@ class Consumer:
         found = 0 if payload is None else payload.nbytes
         if payload is None or found != wanted or message.payload_bytes != wanted:
             return f"payload of {found} bytes, wanted {wanted}"
+        if message.held_s is not None and not 0 <= message.held_s < math.inf:
+            return f"held for {message.held_s} s"
         if not self._is_checksummed or message.via.is_in_place:
             return None
         if message.checksum is None:

@@ -29,6 +29,12 @@ def token_shape(cache: torch.Tensor, spec: KVCacheSpec, dtype: torch.dtype) -> T
     return TokenShape(heads, ((head_size, dtype.itemsize), (1, head_size * dtype.itemsize)))
 
 
+def kernel_of(spec: KVCacheSpec, dtype: torch.dtype, cache_dtype: str) -> str:
+    """Return the name of the kernel that vLLM takes here for such a cache."""
+    head_size: int | None = getattr(spec, "head_size", None)
+    return _get_attn_isa(dtype, spec.block_size, head_size, cache_dtype)
+
+
 @functools.cache
 def _is_by_channels(block_size: int, head_size: int, dtype: torch.dtype) -> bool:
     """Whether the kernel puts distinct keys and values where `token_shape` says."""

@@ -12,11 +12,11 @@ from typing import Protocol
 
 import torch
 
-from kv_transfer.arena import PAGE_BYTES, Arena, ArenaInlet, ArenaShape
+from kv_transfer.arena import PAGE_BYTES, Arena, ArenaInlet, ArenaShape, ArenaTransport
 from kv_transfer.cuda_library import HANDLE_BYTES, CudaLibrary
 from kv_transfer.protocol import Blocks, Via
 from kv_transfer.segments import OwnSegment, Segment
-from kv_transfer.transport import Payload, Stage
+from kv_transfer.transport import Payload
 
 # What CUDA maps at the least: a smaller piece would come with its neighbours.
 _UNIT_BYTES = 2 << 20
@@ -126,16 +126,15 @@ class _Address:
         return found
 
 
-class CudaIpcTransport:
+class CudaIpcTransport(ArenaTransport):
     """An arena in the memory of `device`, made when the first consumer asks for it."""
 
     via = Via.CUDA_IPC
 
     def __init__(self, shape: ArenaShape, device: Device) -> None:
-        self._shape = shape
+        super().__init__(shape)
         self._device = device
         self._header: OwnSegment | None = None
-        self._arena: Arena | None = None
         self._address = ""
 
     def address(self) -> str:
@@ -171,22 +170,10 @@ class CudaIpcTransport:
         is_own = found.uuid == self._device.uuid
         return CudaIpcInlet(ArenaInlet(header, slots, shape), slots, self._device, is_own)
 
-    def can_carry(self, num_bytes: int, reader: str) -> bool:
-        return num_bytes <= self._shape.slot_bytes
-
-    def stage(self, num_bytes: int, reader: str) -> Stage | None:
-        return self._arena.stage(num_bytes) if self._arena is not None else None
-
-    def free(self, parcel: int) -> None:
-        if self._arena is not None:
-            self._arena.free(parcel)
-
     def close(self) -> None:
         """Let go of the arena. Its slots stay with this process, which a port ends with: what
         comes of a reader whose mapping is freed under it, CUDA does not say."""
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
+        super().close()
         if self._header is not None:
             self._header.close()
             self._header = None

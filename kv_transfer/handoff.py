@@ -155,7 +155,7 @@ class ConsumerHandoff:
     def merge(self, most_blocks: int) -> "ConsumerHandoff":
         """Make one read of waiting ones that follow each other, of `most_blocks` at most."""
         merged: list[Read] = []
-        for read in self.waiting:
+        for read in sorted(self.waiting, key=lambda read: (read.group, read.first_block)):
             last = merged[-1] if merged else None
             if last is not None and last.is_followed_by(read, most_blocks):
                 merged[-1] = replace(last, num_blocks=last.num_blocks + read.num_blocks)

@@ -3,21 +3,20 @@
 import random
 import secrets
 
-from kv_transfer.arena import TOKEN_BYTES, Arena, ArenaInlet, ArenaShape
+from kv_transfer.arena import TOKEN_BYTES, Arena, ArenaInlet, ArenaShape, ArenaTransport
 from kv_transfer.protocol import Via
-from kv_transfer.transport import Stage
 
 # What stands for the host: ports that are given the same one can reach each other.
 Places = dict[str, memoryview]
 
 
-class InprocTransport:
+class InprocTransport(ArenaTransport):
     """An arena that ports with the same `places` find by its token."""
 
     via = Via.INPROC
 
     def __init__(self, shape: ArenaShape, places: Places) -> None:
-        self._max_bytes = shape.slot_bytes
+        super().__init__(shape)
         self._places = places
         self._token = secrets.token_bytes(TOKEN_BYTES)
         memory = memoryview(bytearray(shape.total_bytes))
@@ -31,15 +30,6 @@ class InprocTransport:
         memory = self._places.get(address)
         return ArenaInlet.over(memory, bytes.fromhex(address)) if memory is not None else None
 
-    def can_carry(self, num_bytes: int, reader: str) -> bool:
-        return num_bytes <= self._max_bytes
-
-    def stage(self, num_bytes: int, reader: str) -> Stage | None:
-        return self._arena.stage(num_bytes)
-
-    def free(self, parcel: int) -> None:
-        self._arena.free(parcel)
-
     def close(self) -> None:
         self._places.pop(self._token.hex(), None)
-        self._arena.close()
+        super().close()

@@ -145,7 +145,8 @@ def plan_reads(
     step_tokens: int | None = None,
 ) -> list[Read]:
     """Cut the blocks to fetch, per group, into reads of about `chunk_bytes`, at least a block,
-    and at most what a producer's step of `step_tokens` finishes: a read waits for all of it.
+    and at most what a producer's step of `step_tokens` finishes: a read waits for all of it. They
+    are in the order in which a producer finishes them.
 
     `block_ids[g]` are the local blocks by position; positions below `first_blocks[g]` are
     there already, and null blocks (outside a sliding window) are not fetched.
@@ -159,4 +160,8 @@ def plan_reads(
         for start, end in _runs(ids, first_blocks[group]):
             cuts = range(start, end, step)
             reads += [Read(group, cut, min(step, end - cut)) for cut in cuts]
-    return reads
+
+    def last_token(read: Read) -> int:
+        return (read.first_block + read.num_blocks) * layout.groups[read.group].block_size
+
+    return sorted(reads, key=last_token)

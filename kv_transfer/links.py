@@ -30,6 +30,7 @@ from kv_transfer.transport import Inlet, Payload, Transport
 # A producer that dies while nothing is pulled from it says nothing. Its memory stays mapped, and
 # its address is tried ten times a second, until it is missed.
 _GREET_S = 3.0
+_IDLE_S = 60.0
 
 
 class Link:
@@ -93,6 +94,15 @@ class Link:
                 return False
         return True
 
+    def is_idle(self, now: float) -> bool:
+        """Whether neither side has said anything for long."""
+        return now - max(self.last_used, self.last_heard) > _IDLE_S
+
+    @property
+    def is_welcome(self) -> bool:
+        """Whether the producer has answered over this link."""
+        return self._welcomed_s > 0.0
+
     def is_dead(self, now: float, timeout_s: float) -> bool:
         """Whether nobody has answered that in time."""
         return self._is_waiting and now - self._greeted_s >= timeout_s
@@ -105,6 +115,12 @@ class Link:
     @property
     def _seen_s(self) -> float:
         return max(self.last_used, self.last_heard, self._welcomed_s)
+
+    def greet_once(self, now: float) -> None:
+        """Ask a producer that has not been asked yet whether it answers over this link."""
+        if not self._is_greeted:
+            self.last_used = now
+            self._greet()
 
     def _greet(self) -> None:
         self._is_greeted = True

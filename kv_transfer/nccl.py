@@ -12,11 +12,10 @@ from contextlib import AbstractContextManager
 import torch
 
 from kv_transfer.channels import ChannelBroken
-from kv_transfer.nccl_library import ID_BYTES, NcclLibrary
+from kv_transfer.nccl_library import ID_BYTES, POLL_S, NcclLibrary
 from kv_transfer.protocol import Via
 
 _READER, _PRODUCER = 0, 1
-_POLL_S = 50e-6
 
 
 class NcclBackend:
@@ -97,7 +96,7 @@ class NcclChannel:
         while self._is_busy() or not stream.query():
             if time.monotonic() >= deadline:
                 raise ChannelBroken(f"nothing came through for {self._timeout_s:.1f} s")
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
         # An abort ends what the stream was waiting for as well.
         with self._lock:
             self._live()

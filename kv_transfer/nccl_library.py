@@ -14,7 +14,7 @@ from kv_transfer.channels import ChannelBroken
 ID_BYTES = 128
 _SUCCESS, _IN_PROGRESS = 0, 7
 _UINT8 = 1
-_POLL_S = 50e-6
+POLL_S = 50e-6
 # `ncclConfig_t` as of 2.17, which is what later ones still take: unset, it takes its own choice.
 _CONFIG_MAGIC, _CONFIG_VERSION, _UNSET = 0xCAFEBEEF, 21700, -(1 << 31)
 
@@ -110,7 +110,7 @@ class NcclLibrary:
         while code == _IN_PROGRESS:
             if time.monotonic() >= deadline:
                 raise ChannelBroken(f"{call} took more than {timeout_s:.1f} s")
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
             code = self._state(communicator)
         self._check(call, code)
 

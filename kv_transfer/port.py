@@ -50,7 +50,6 @@ from kv_transfer.transport import Payload, Transport
 from kv_transfer.transports import arena_shape, transports_of
 
 _TICK_MS = 100
-_IDLE_LINK_S = 60.0
 _CLOSE_S = 5.0
 # Whatever is larger is dropped before it is allocated, and its sender disconnected.
 _MAX_REQUEST_BYTES = 64 << 10
@@ -105,6 +104,7 @@ class HandoffPort:
         self._lanes: dict[zmq.Socket[bytes], Peer] = {}
         self._num_lanes = section.tcp_connections
         self._stall_timeout_s = section.stall_timeout_s
+        self._ticked_s = time.monotonic()
         self._poller = zmq.Poller()
         self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._poller.register(self._listener, zmq.POLLIN)
@@ -242,6 +242,9 @@ class HandoffPort:
 
     def _tick(self) -> None:
         now = time.monotonic()
+        if now - self._ticked_s > self._stall_timeout_s / 2:
+            self._excuse(now)
+        self._ticked_s = now
         self._answer(self.producer.tick(now))
         for order in self.consumer.tick(now):
             if isinstance(order.message, Release):
@@ -250,9 +253,15 @@ class HandoffPort:
         for peer, link in list(self._links.items()):
             self._look_after(peer, link, now)
 
+    def _excuse(self, now: float) -> None:
+        """This process stood still, so that nothing was heard says nothing of the others."""
+        self.consumer.excuse(now)
+        for link in self._links.values():
+            link.last_heard = now
+
     def _look_after(self, peer: Peer, link: Link, now: float) -> None:
         """Close a link that is idle or whose producer is gone, with what it maps of it."""
-        is_over = now - link.last_used > _IDLE_LINK_S or link.is_dead(now, self._stall_timeout_s)
+        is_over = link.is_idle(now) or link.is_dead(now, self._stall_timeout_s)
         # One whose connection has ended for good, as in `_send`, cannot say anything either.
         if is_over or not link.check(now):
             self._close_link(peer)
@@ -260,7 +269,7 @@ class HandoffPort:
     def _distrust(self, order: Order, now: float) -> None:
         """A pull has stalled: drop its connections unless something else came over them. Bytes
         from elsewhere can make one wait for the rest of a frame that nobody has sent."""
-        peer = order.endpoint, order.message.epoch, self._sockets.key
+        peer = self._way_to(order.endpoint, order.message.epoch)
         link = self._links.get(peer)
         if link is not None and now - link.last_heard >= self._stall_timeout_s:
             self._close_link(peer)
@@ -324,14 +333,27 @@ class HandoffPort:
 
     def _send(self, orders: Iterable[Order]) -> None:
         for order in orders:
-            # Under another key there is another link; this one's ends when it is idle.
-            peer = order.endpoint, order.message.epoch, self._sockets.key
+            peer = self._way_to(order.endpoint, order.message.epoch)
             try:
                 self._link(peer).send(order.message, time.monotonic())
             except zmq.Again:
                 # Bytes that were no frames, or not the peer's, ended a connection for good.
                 self._close_link(peer)
                 self._link(peer).send(order.message, time.monotonic())
+
+    def _way_to(self, endpoint: str, epoch: int) -> Peer:
+        """Return the peer under the key in use; under an earlier one until that has answered.
+
+        Nodes learn of keys one after the other. What is not used any more ends when it is idle.
+        """
+        newest = endpoint, epoch, self._sockets.key
+        if newest in self._links and self._links[newest].is_welcome:
+            return newest
+        for peer, link in self._links.items():
+            if peer[:2] == newest[:2] and peer != newest and link.is_welcome:
+                self._link(newest).greet_once(time.monotonic())
+                return peer
+        return newest
 
     def _link(self, peer: Peer) -> Link:
         """Return the link to a peer, made if there is none."""

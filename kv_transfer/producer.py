@@ -45,6 +45,8 @@ ROOM_GRACE_S = 0.05
 _FILLING_S = 0.3
 # Hand-offs remembered after their end, so that a late read is refused without that wait.
 _ENDED_KEPT = 4096
+# Reads that wait, of all consumers: each has a few of them on the way per pull.
+_MAX_PARKED = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,19 @@ class _Held:
     produced_bytes: int = 0
 
 
+# Who asks for which blocks: the peer, the hand-off, the group and the position of the first.
+_Asked = tuple[bytes, HandoffId, int, int]
+
+
 @dataclass(frozen=True, slots=True)
 class _Parked:
     peer: bytes
     read: ReadBlocks
     since: float
+
+    @property
+    def asked(self) -> _Asked:
+        return self.peer, self.read.handoff_id, self.read.group, self.read.first_block
 
 
 class Producer:
@@ -114,7 +124,7 @@ class Producer:
         self._parcels = parcels
         self._held: dict[HandoffId, _Held] = {}
         self._leases = LeaseTable(lease_s)
-        self._parked: list[_Parked] = []
+        self._parked: dict[_Asked, _Parked] = {}
         self._told_s: dict[HandoffId, float] = {}
         self._ended: dict[HandoffId, None] = {}
 
@@ -184,7 +194,8 @@ class Producer:
             return
         if held.handoff.is_filling:
             self._held[handoff_id] = replace(held, is_released=True)
-            self._parked = [one for one in self._parked if one.read.handoff_id != handoff_id]
+            kept = self._parked.items()
+            self._parked = {asked: one for asked, one in kept if one.read.handoff_id != handoff_id}
         else:
             self._leases.end(handoff_id)
             self.counts[f"handoffs_{event.name.lower()}"] += 1
@@ -208,7 +219,7 @@ class Producer:
             if message.epoch == self._epoch:
                 self._parcels.take_back(message.handoff_id, message.taken)
             if not is_known and message.epoch == self._epoch:
-                self._parked.append(_Parked(peer, message, now))
+                yield from self._park(_Parked(peer, message, now))
                 return
             yield from self._serve(_Parked(peer, message, now), now)
         elif isinstance(message, Greet):
@@ -228,14 +239,24 @@ class Producer:
             self.end(handoff_id, ProducerEvent.EXPIRED)
         if overdue := self._parcels.expire(now):
             self.counts["parcels_overdue"] += overdue
-        parked, self._parked = self._parked, []
-        for entry in parked:
+        for entry in list(self._parked.values()):
+            # An end that a gather has just caught up with takes its reads along.
+            if self._parked.get(entry.asked) is not entry:
+                continue
             if entry.read.handoff_id in self._held or entry.read.handoff_id in self._ended:
+                del self._parked[entry.asked]
                 yield from self._serve(entry, now)
             elif now - entry.since >= UNKNOWN_GRACE_S:
+                del self._parked[entry.asked]
                 yield self._refuse(entry.peer, entry.read, Refusal.UNKNOWN, "no such hand-off")
-            else:
-                self._parked.append(entry)
+
+    def _park(self, entry: _Parked) -> Iterable[Answer]:
+        """Keep a read until it can be answered; one that is asked again takes its own place."""
+        if entry.asked not in self._parked and len(self._parked) >= _MAX_PARKED:
+            waiting = f"{_MAX_PARKED} reads are waiting already"
+            yield self._refuse(entry.peer, entry.read, Refusal.CROWDED, waiting)
+        else:
+            self._parked[entry.asked] = entry
 
     def _serve(self, entry: _Parked, now: float) -> Iterable[Answer]:
         """Answer a read, or park it until there is room for the answer."""
@@ -258,10 +279,16 @@ class Producer:
             return
         if now - entry.since < ROOM_GRACE_S:
             ways = ways[:1]
-        staged = self._parcels.stage(ways, num_bytes, read.handoff_id, now)
-        answer = self._gather(peer, read, now, *staged) if staged is not None else None
+        try:
+            staged = self._parcels.stage(ways, num_bytes, read.handoff_id, now)
+            answer = self._gather(peer, read, now, *staged) if staged is not None else None
+        except (MemoryError, OSError, RuntimeError) as error:
+            # No memory, on the host or the GPU, or no thread more: this read's, and no other's.
+            self.counts["reads_broken"] += 1
+            why = f"blocks could not be copied out: {error!r}"
+            answer = self._refuse(peer, read, Refusal.TRANSPORT, why)
         if answer is None:
-            self._parked.append(entry)
+            yield from self._park(entry)
         else:
             yield answer
 
@@ -276,7 +303,7 @@ class Producer:
 
     def _put_off(self, entry: _Parked, now: float) -> Iterable[Answer]:
         """Keep a read until its blocks are finished, and its reader from giving up meanwhile."""
-        self._parked.append(replace(entry, since=now))
+        yield from self._park(replace(entry, since=now))
         handoff_id = entry.read.handoff_id
         if now - self._told_s.get(handoff_id, -_FILLING_S) >= _FILLING_S:
             self._told_s[handoff_id] = now
@@ -308,10 +335,12 @@ class Producer:
             # Preemption or an abort may have taken the blocks while they were copied; bytes of a
             # reused block have a valid checksum, so ownership is checked again before sending.
             self._catch_up()
-            handoff = self._held[read.handoff_id].handoff
-            if not handoff.is_readable:
+            current = self._held[read.handoff_id]
+            if not current.handoff.is_readable:
                 return self._refuse(peer, read, Refusal.ENDED, "ended while being read")
-            if handoff.revision != held.handoff.revision:
+            is_revoked = current.handoff.revision != held.handoff.revision
+            # The end of a prompt gives up what its attention window has left behind.
+            if is_revoked or current.hold.block_ids[read.group][positions] != block_ids:
                 self.counts["reads_revoked"] += 1
                 self._parcels.take_back(read.handoff_id, (stage.parcel,))
                 return None
@@ -369,7 +398,8 @@ class Producer:
             produced,
             via,
             stage.parcel,
-            None if held.held_since is None else now - held.held_since,
+            # A hold may have come while its blocks were gathered.
+            None if held.held_since is None else max(0.0, now - held.held_since),
             held.hold.first_token,
             block_ids,
         )

@@ -36,6 +36,7 @@ class Refusal(enum.StrEnum):
     ENDED = "ended"
     MALFORMED = "malformed"
     TRANSPORT = "transport"
+    CROWDED = "crowded"
 
 
 class Via(enum.StrEnum):

@@ -92,8 +92,8 @@ class RankLine:
             logger.warning("dropped a malformed frame for this rank: %s", error)
             return
         if isinstance(message, HoldNow):
-            key, blocks = message.request_id, message.block_ids
-            self.hold(Hold(HandoffId(message.handoff_id), key, blocks, message.first_token))
+            handoff_id, blocks = HandoffId(message.handoff_id), message.block_ids
+            self.hold(Hold(handoff_id, message.key, blocks, message.first_token))
         elif isinstance(message, Attend):
             self._attentive_until = time.monotonic() + _ATTENTION_S
             self._port.wake()

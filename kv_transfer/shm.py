@@ -5,21 +5,19 @@ Elsewhere, and for other users, attaching fails and another transport is used.
 
 import random
 
-from kv_transfer.arena import Arena, ArenaInlet, ArenaShape
+from kv_transfer.arena import Arena, ArenaInlet, ArenaShape, ArenaTransport
 from kv_transfer.protocol import Via
 from kv_transfer.segments import OwnSegment, Segment
-from kv_transfer.transport import Stage
 
 
-class ShmTransport:
+class ShmTransport(ArenaTransport):
     """An arena of touched pages, made when the first consumer asks for it."""
 
     via = Via.SHM
 
     def __init__(self, shape: ArenaShape) -> None:
-        self._shape = shape
+        super().__init__(shape)
         self._segment: OwnSegment | None = None
-        self._arena: Arena | None = None
 
     def address(self) -> str:
         if self._segment is None:
@@ -36,20 +34,8 @@ class ShmTransport:
             return None
         return ArenaInlet.over(memory, segment.token) if memory is not None else None
 
-    def can_carry(self, num_bytes: int, reader: str) -> bool:
-        return num_bytes <= self._shape.slot_bytes
-
-    def stage(self, num_bytes: int, reader: str) -> Stage | None:
-        return self._arena.stage(num_bytes) if self._arena is not None else None
-
-    def free(self, parcel: int) -> None:
-        if self._arena is not None:
-            self._arena.free(parcel)
-
     def close(self) -> None:
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
+        super().close()
         if self._segment is not None:
             self._segment.close()
             self._segment = None

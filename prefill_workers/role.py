@@ -22,7 +22,6 @@ from cluster.messages import (
 from cluster.names import HandoffId, RequestId
 from cluster.roles import Ending, Report
 
-_CANCELLED_KEPT = 4096
 # For a token nobody reads. Without a seed: with one, a prompt over two steps kills vLLM's CPU
 # engine. There would be a second token, so the first does not end the request.
 UNREAD: Mapping[str, object] = {"temperature": 0.0, "max_tokens": 2}
@@ -40,8 +39,6 @@ class PrefillRole:
     def __init__(self) -> None:
         self._computing: dict[RequestId, _Prompt] = {}
         self._held: dict[RequestId, HandoffId] = {}
-        # An abort can cross the engine's finish: an offer that comes for one of these is freed.
-        self._cancelled: dict[RequestId, None] = {}
 
     def accept(self, message: Prefill | Decode) -> EngineRequest | Rejected:
         """Return the engine's request; it makes one token, greedily if nobody reads it."""
@@ -59,18 +56,13 @@ class PrefillRole:
         )
 
     def report(self, output: EngineOutput) -> Report:
-        """Offer a finished prompt; one cancelled while it finished is freed instead."""
+        """Offer a prompt when it begins and when it is finished."""
         request_id = output.request_id
         if output.finish_reason is None:
-            if output.offer is None or request_id not in self._computing:
-                return Report(None)
-            return Report(Offered(request_id, output.offer))
-        prompt = self._computing.pop(request_id, None)
+            return Report(None if output.offer is None else Offered(request_id, output.offer))
+        prompt = self._computing.pop(request_id)
         if output.offer is None or output.stats is None:
             return Report(_unheld(output, prompt), is_last=True)
-        if prompt is None or request_id in self._cancelled:
-            self._cancelled.pop(request_id, None)
-            return Report(None, Ending(release=(output.offer.handoff_id,)), is_last=True)
         self._held[request_id] = prompt.handoff_id
         token = output.token_ids[0] if prompt.is_sampled else None
         return Report(Prefilled(request_id, output.offer, output.stats, token))
@@ -82,16 +74,13 @@ class PrefillRole:
             return Ending(release=(held,))
         if self._computing.pop(request_id, None) is None:
             return Ending()
-        self._cancelled[request_id] = None
-        while len(self._cancelled) > _CANCELLED_KEPT:
-            del self._cancelled[next(iter(self._cancelled))]
         return Ending(abort=(request_id,))
 
 
-def _unheld(output: EngineOutput, prompt: _Prompt | None) -> Tokens | Failed:
+def _unheld(output: EngineOutput, prompt: _Prompt) -> Tokens | Failed:
     """Return what an end without an offer means: the first token was the last, or a failure."""
     has_ended = output.finish_reason in FIRST_IS_LAST
-    if prompt is None or not prompt.is_sampled or not has_ended:
+    if not prompt.is_sampled or not has_ended:
         return Failed(output.request_id, "engine", f"prefill ended with {output.finish_reason}")
     return Tokens(
         output.request_id,

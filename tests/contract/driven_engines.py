@@ -1,15 +1,18 @@
 """A producing and a consuming engine side by side, for the contract of engines."""
 
+import asyncio
 import contextlib
 import json
 import random
 from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+import pytest_asyncio
 
 from cluster import config as tree
 from cluster.config import TandemConfig, parse_config
@@ -56,9 +59,22 @@ class Driven:
 
         await eventually(said, 60)
 
+    def forget(self, request_id: str) -> None:
+        """What comes under this name from now on is another request's."""
+        self.outputs.pop(request_id, None)
+        self.ends.pop(request_id, None)
+
     async def is_idle(self) -> bool:
         load = await self.engine.load()
         return load.num_running == load.num_waiting == load.num_held_handoffs == 0
+
+    async def takes_blocks(self, start: EngineLoad) -> None:
+        """Some request has blocks."""
+
+        async def has_some() -> bool:
+            return (await self.engine.load()).num_free_blocks < start.num_free_blocks
+
+        await eventually(has_some)
 
     async def frees_all(self, start: EngineLoad) -> None:
         """Everything is back at its level after start."""
@@ -159,3 +175,40 @@ def only(outputs: list[EngineOutput], name: str) -> Any:
     """Return the one value of a field that comes once per request."""
     (value,) = [value for output in outputs if (value := getattr(output, name)) is not None]
     return value
+
+
+@pytest_asyncio.fixture(
+    scope="module",
+    loop_scope="module",
+    params=["simulated", "vllm"],
+)
+async def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Engines]:
+    """Two engines for all tests of this file; every request must have ended at most once, and
+    `stop` leaves no process behind."""
+    is_simulated = request.param == "simulated"
+    config = simulated_config(tmp_path_factory.mktemp("model")) if is_simulated else vllm_config()
+    before = children()
+    engines = [engine_of(config, Role.PREFILL, 0), engine_of(config, Role.DECODE, 1)]
+    driven = [Driven(engine, await engine.start()) for engine in engines]
+    loops = [asyncio.create_task(side.collect()) for side in driven]
+    loads = await asyncio.gather(*(engine.load() for engine in engines))
+    yield Engines(driven[0], driven[1], (loads[0], loads[1]))
+    for loop in loops:
+        loop.cancel()
+    await asyncio.gather(*loops, return_exceptions=True)
+    for engine in engines:
+        await engine.stop()
+        await engine.stop()
+    assert children() <= before, "stop() left processes behind"
+    for side in driven:
+        assert set(side.ends.values()) <= {0, 1}, "a request ended twice"
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def engines(pair: Engines) -> AsyncIterator[Engines]:
+    """The pair; both engines' blocks and counts are back at their level after the test."""
+    await pair.settle()
+    yield pair
+    await pair.settle()

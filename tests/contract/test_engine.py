@@ -3,28 +3,21 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
-import pytest_asyncio
 
-from cluster.engine import EngineRequest
-from cluster.names import FinishReason, HandoffId, RequestId, Role
+from cluster.names import FinishReason, HandoffId, RequestId
 from tests.contract.driven_engines import (
     FREED_WITHIN_S,
     GREEDY,
     LEASE_S,
     STALL_S,
-    Driven,
     Engines,
-    children,
-    engine_of,
     only,
-    simulated_config,
     tokens_of,
-    vllm_config,
 )
 from tests.waiting import eventually
 
@@ -34,43 +27,6 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 NOWHERE = "tcp://127.0.0.1:9"
 # Half of what a sleeping engine would take over each, and many times what a step takes.
 NUM_BESIDE, BESIDE_S = 5, 0.25
-
-
-@pytest_asyncio.fixture(
-    scope="module",
-    loop_scope="module",
-    params=["simulated", "vllm"],
-)
-async def pair(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> AsyncIterator[Engines]:
-    """Two engines for all tests of this file; every request must have ended at most once, and
-    `stop` leaves no process behind."""
-    is_simulated = request.param == "simulated"
-    config = simulated_config(tmp_path_factory.mktemp("model")) if is_simulated else vllm_config()
-    before = children()
-    engines = [engine_of(config, Role.PREFILL, 0), engine_of(config, Role.DECODE, 1)]
-    driven = [Driven(engine, await engine.start()) for engine in engines]
-    loops = [asyncio.create_task(side.collect()) for side in driven]
-    loads = await asyncio.gather(*(engine.load() for engine in engines))
-    yield Engines(driven[0], driven[1], (loads[0], loads[1]))
-    for loop in loops:
-        loop.cancel()
-    await asyncio.gather(*loops, return_exceptions=True)
-    for engine in engines:
-        await engine.stop()
-        await engine.stop()
-    assert children() <= before, "stop() left processes behind"
-    for side in driven:
-        assert set(side.ends.values()) <= {0, 1}, "a request ended twice"
-
-
-@pytest_asyncio.fixture(loop_scope="module")
-async def engines(pair: Engines) -> AsyncIterator[Engines]:
-    """The pair; both engines' blocks and counts are back at their level after the test."""
-    await pair.settle()
-    yield pair
-    await pair.settle()
 
 
 # What they say of themselves.
@@ -275,30 +231,14 @@ async def test_abort_while_waiting(engines: Engines) -> None:
     await engines.producer.engine.abort([producing.request_id, plain.request_id])
     await engines.consumer.engine.submit(consuming)
     await engines.consumer.engine.abort([consuming.request_id])
-    await _free_unwanted(engines.producer, producing)
-
-
-async def _free_unwanted(side: Driven, request: EngineRequest) -> None:
-    """An abort can cross the engine's finish; the role frees what is offered then."""
-    for output in side.outputs.get(request.request_id, []):
-        if output.offer is not None:
-            await side.engine.release([output.offer.handoff_id])
 
 
 async def test_abort_while_producing(engines: Engines) -> None:
     requests = [engines.producing(1000) for _ in range(4)]
     for request in requests:
         await engines.producer.engine.submit(request)
-
-    async def is_busy() -> bool:
-        load = await engines.producer.engine.load()
-        return load.num_free_blocks < engines.start[0].num_free_blocks
-
-    await eventually(is_busy)
+    await engines.producer.takes_blocks(engines.start[0])
     await engines.producer.engine.abort([request.request_id for request in requests])
-    await asyncio.sleep(0)
-    for request in requests:
-        await _free_unwanted(engines.producer, request)
 
 
 async def test_abort_while_pulling(engines: Engines) -> None:
@@ -306,12 +246,7 @@ async def test_abort_while_pulling(engines: Engines) -> None:
     nowhere = replace(offer, endpoints=(NOWHERE,))
     pulling = engines.request(prompt_token_ids=request.prompt_token_ids, consume=nowhere)
     await engines.consumer.engine.submit(pulling)
-
-    async def has_blocks() -> bool:
-        load = await engines.consumer.engine.load()
-        return load.num_free_blocks < engines.start[1].num_free_blocks
-
-    await eventually(has_blocks)
+    await engines.consumer.takes_blocks(engines.start[1])
     await engines.consumer.engine.abort([pulling.request_id])
     await engines.consumer.frees_all(engines.start[1])
     assert pulling.request_id not in engines.consumer.outputs, "no output follows an abort"
@@ -356,6 +291,62 @@ async def test_abort_of_what_is_not_there(engines: Engines) -> None:
     done = engines.request(20)
     await engines.producer.run(done)
     await engines.producer.engine.abort([done.request_id])
+
+
+# A name that comes again once its request has ended.
+
+
+async def test_a_name_comes_again_while_its_aborted_pull_ends(engines: Engines) -> None:
+    prompt = engines.request().prompt_token_ids
+    (_, gone), (_, offer) = [await engines.produced(prompt_token_ids=prompt) for _ in range(2)]
+    nowhere = replace(gone, endpoints=(NOWHERE,))
+    pulling = engines.request(prompt_token_ids=prompt, consume=nowhere)
+    await engines.consumer.engine.submit(pulling)
+    await engines.consumer.takes_blocks(engines.start[1])
+    await engines.consumer.engine.abort([pulling.request_id])
+    pulled = await engines.consumer.run(replace(pulling, consume=offer))
+    local = await engines.producer.run(engines.request(prompt_token_ids=prompt))
+    assert tokens_of(pulled) == tokens_of(local) and len(tokens_of(local)) == 8
+    assert only(pulled, "receipt").received_bytes > 0
+    await engines.producer.engine.release([gone.handoff_id])
+
+
+async def test_a_name_comes_again_while_its_blocks_are_held(engines: Engines) -> None:
+    request, offer = await engines.produced()
+    engines.producer.forget(request.request_id)
+    again = replace(request, produce=HandoffId("again"))
+    other = (await engines.producer.run(again))[-1].offer
+    assert other is not None and other.handoff_id == "again"
+    load = await engines.producer.engine.load()
+    assert load.num_held_handoffs == 2
+    assert load.num_held_blocks == offer.num_blocks + other.num_blocks
+    await engines.producer.engine.release([offer.handoff_id, other.handoff_id])
+
+
+async def test_a_name_comes_again_while_its_aborted_prompt_is_freed(engines: Engines) -> None:
+    request, _ = await engines.begun(1000)
+    prompt = request.prompt_token_ids
+    await engines.producer.engine.abort([request.request_id])
+    engines.producer.forget(request.request_id)
+    outputs = await engines.producer.run(replace(request, produce=HandoffId("again")))
+    offers = [output.offer for output in outputs]
+    assert [offer.handoff_id for offer in offers if offer] == ["again", "again"]
+    pulled = await engines.consumer.run(engines.request(prompt_token_ids=prompt, consume=offers[0]))
+    local = await engines.producer.run(engines.request(prompt_token_ids=prompt))
+    assert tokens_of(pulled) == tokens_of(local)
+
+
+async def test_what_was_aborted_says_nothing_under_its_name(engines: Engines) -> None:
+    for _ in range(5):
+        stream = engines.request(sampling={**GREEDY, "max_tokens": 600})
+        await engines.consumer.engine.submit(stream)
+        await engines.consumer.says_something_of(stream.request_id)
+        await engines.consumer.engine.abort([stream.request_id])
+        engines.consumer.forget(stream.request_id)
+        prompt = engines.request().prompt_token_ids
+        again = engines.request(prompt_token_ids=prompt)
+        outputs = await engines.consumer.run(replace(again, request_id=stream.request_id))
+        assert tokens_of(outputs) == tokens_of(await engines.producer.run(again))
 
 
 async def test_release_frees_and_may_be_repeated(engines: Engines) -> None:

@@ -98,6 +98,7 @@ PURE = {
     "cluster/shortage.py",
     "cluster/snapshot.py",
     "cluster/stages.py",
+    "cluster/submissions.py",
     "cluster/targets.py",
     "cluster/topology.py",
     "cluster/wire.py",

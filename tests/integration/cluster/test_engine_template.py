@@ -205,3 +205,19 @@ async def test_workers_outlive_a_killed_template_and_the_next_one_gets_a_new_one
     assert marked()["engine_template"].pid != killed.pid
     for process in (survivor, newcomer):
         await stop(process)
+
+
+async def test_nothing_is_said_to_another_users_process_at_the_templates_address(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever is first may have an abstract name; what a template is sent holds secrets."""
+    process = worker_process()
+    process._name = f"tandem-template-{secrets.token_hex(8)}"
+    monkeypatch.setattr("cluster.worker_process.peer_uid", lambda _: os.getuid() + 1)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(f"\0{process._name}")
+        listener.listen()
+        with pytest.raises(StartFailed, match=f"user {os.getuid() + 1} listens"):
+            await process.fork()
+        with listener.accept()[0] as stranger:
+            assert stranger.recv(1) == b""

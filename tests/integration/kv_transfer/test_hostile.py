@@ -12,7 +12,7 @@ from cluster.keyring import Keyring
 from cluster.messages import Offer
 from cluster.sockets import plain_address
 from kv_transfer.protocol import CODEC, Blocks, ReadBlocks, Release
-from tests.integration.kv_transfer.ports import Open, Side, open_side
+from tests.integration.kv_transfer.ports import EPOCH, Open, Side, open_side
 from tests.middleman import ByteMiddleman, FrameMiddleman, pass_bytes
 from tests.waiting import wait_for
 
@@ -92,6 +92,33 @@ def test_keys_change_while_blocks_are_pulled(open_side: Open) -> None:
     stranger = open_side(ring, transports=("tcp",))
     assert hand_over(producer, stranger) is not None, "the old key is nobody's any more"
     assert hand_over(producer, consumer) is None
+
+
+def test_a_producer_that_has_not_the_new_key_yet_is_read_from_with_the_old_one(
+    open_side: Open,
+) -> None:
+    added = RING.with_new()
+    ours, theirs = [RING], [RING]
+    producer = open_side(lambda: theirs[0], transports=("tcp",))
+    consumer = open_side(lambda: ours[0], transports=("tcp",))
+    assert hand_over(producer, consumer) is None
+    ours[0] = added.using_newest()
+    for _ in range(3):
+        assert hand_over(producer, consumer) is None
+    wait_for(lambda: producer.port.totals().get("peers_key"))
+    theirs[0] = added
+    newest = (producer.port.endpoint, EPOCH, ours[0].used.name)
+
+    def is_renewed() -> bool:
+        """A connection that was refused is made anew within seconds, beside the old one."""
+        assert hand_over(producer, consumer) is None
+        link = consumer.port._links.get(newest)
+        return link is not None and link.is_welcome
+
+    wait_for(is_renewed)
+    used_s = consumer.port._links[newest].last_used
+    assert hand_over(producer, consumer) is None
+    assert consumer.port._links[newest].last_used > used_s
 
 
 # Under CURVE, changed bytes end the connection that they came on.

@@ -2,6 +2,7 @@
 
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -169,7 +170,30 @@ def test_a_store_that_breaks_does_not_end_the_port(open_side: Open) -> None:
     wait_for(consumer.has_ended("second"))
     assert consumer.pulls["second"].failure is None
     wait_for(producer.has_freed("first", "second"))
-    assert producer.port.totals()["port_errors"] == 1
+    assert "no room for a copy" in (consumer.pulls["first"].failure or "")
+    assert producer.port.totals()["reads_broken"] == 1
+
+
+def test_pulls_outlive_a_pause_of_their_process(open_side: Open) -> None:
+    """What was said meanwhile is heard before anybody is called silent."""
+    producer, consumer = open_side(transports=("tcp",)), open_side(transports=("tcp",))
+    names = [f"h{number}" for number in range(8)]
+    offers = [producer.offer(name) for name in names]
+    for number, offer in enumerate(offers):
+        consumer.pull(offer, 2 * number + 1, 2 * number + 2)
+    wait_for(lambda: producer.port.producer._parked)
+    is_over = threading.Event()
+
+    def stand_still() -> None:
+        is_over.wait(10)
+
+    consumer.port._command(stand_still)
+    for number, name in enumerate(names):
+        producer.hold(name, 2 * number + 1, 2 * number + 2)
+    time.sleep(2 * SECTION.stall_timeout_s)
+    is_over.set()
+    wait_for(consumer.has_ended(*names))
+    assert [consumer.pulls[name].failure for name in names] == [None] * len(names)
 
 
 # Bytes that are no messages.

@@ -111,11 +111,3 @@ def test_tokens_are_numbered_so_that_a_lost_message_shows() -> None:
     ]
     messages = [role.report(output).message for output in outputs]
     assert [m.num_before for m in messages if isinstance(m, Tokens)] == [0, 2, 3]
-
-
-def test_an_output_that_crosses_a_cancel_leaves_no_trace() -> None:
-    role = DecodeRole()
-    role.accept(Decode(R, (1,), {}, None, None, 0))
-    role.cancel(R)
-    role.report(EngineOutput(R, (4,)))
-    assert role.cancel(R) == NOTHING

@@ -1,5 +1,6 @@
 """Damaged chunks fail their pull and are never written; the fault that tests inject is one."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -114,3 +115,15 @@ def test_a_corrupted_block_is_wrong_in_every_region() -> None:
     for block_id, content in enumerate(got, 1):
         store.gather(0, (block_id,), memoryview(content))
     assert got == [bytes([0x80]) * 32, bytes(32), bytes(32)]
+
+
+@pytest.mark.parametrize("held_s", [-1.0, -math.inf, math.inf, math.nan, -1e308])
+def test_a_time_that_cannot_be_ends_its_pull_and_nothing_else(held_s: float) -> None:
+    pair = Pair()
+    pair.hold(THEIRS)
+    pair.pull(OURS)
+    pair.deliver_to_producer(pair.to_producer.popleft())
+    message, payload = pair.next_blocks()
+    pair.deliver_to_consumer(Frame(CODEC.encode(replace(message, held_s=held_s)), payload))
+    assert_failed(pair, "held for")
+    assert_untouched(pair)

@@ -201,3 +201,19 @@ def test_reads_out_of_range_wait_for_the_end_and_are_refused() -> None:
     pair.settle()
     complete(pair)
     assert_failed(pair, "refused: range")
+
+
+def test_a_block_given_up_with_the_end_of_its_prompt_is_not_sent_after_it() -> None:
+    """Once the prompt is finished, its window has moved on, and the block may be another's."""
+    pair = opened(window=1)
+    pair.theirs.while_gathering = lambda: pair.producer.hold(
+        Hold(H, "key-h", ((0, *THEIRS[1:]),), TOKEN), pair.now
+    )
+    grow(pair, *THEIRS[:2])
+    pair.theirs.while_gathering = lambda: None
+    assert pair.producer.counts["reads_revoked"] == 1
+    assert_untouched(pair)
+    pair.tick()
+    pair.settle()
+    assert_failed(pair, "outside the attention window")
+    assert pair.producer.freed == ["key-h"]

@@ -64,3 +64,10 @@ def test_a_connection_that_takes_nothing_is_reported() -> None:
     link, lane = opened(100.0)
     lane.is_broken = True
     assert link.check(102.0) and not link.check(103.0)
+
+
+def test_one_that_is_told_to_wait_is_not_idle() -> None:
+    link, _ = opened(100.0)
+    link.last_heard = 170.0
+    assert not link.is_idle(180.0)
+    assert link.is_idle(231.0)

@@ -235,21 +235,6 @@ def test_blocks_are_not_freed_during_a_read() -> None:
     assert pair.producer.freed == ["key-h"]
 
 
-def test_a_read_that_breaks_leaves_no_send_behind() -> None:
-    pair = Pair()
-    pair.hold(THEIRS)
-
-    def fail() -> None:
-        raise MemoryError("no room for a copy")
-
-    pair.theirs.while_gathering = fail
-    pair.pull(OURS)
-    with pytest.raises(MemoryError):
-        pair.settle()
-    pair.tick(LEASE_S)
-    assert pair.producer.freed == ["key-h"]
-
-
 def test_two_prompts_under_one_name_are_both_given_up() -> None:
     pair = Pair()
     pair.hold(THEIRS, key="first")

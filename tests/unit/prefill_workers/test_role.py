@@ -18,7 +18,7 @@ from cluster.messages import (
 )
 from cluster.names import FinishReason, HandoffId, RequestId, WorkerId
 from cluster.roles import Ending, Report
-from prefill_workers.role import _CANCELLED_KEPT, UNREAD, PrefillRole
+from prefill_workers.role import UNREAD, PrefillRole
 
 R, H = RequestId("r"), HandoffId("h")
 MESSAGE = Prefill(R, H, (1, 2, 3), "salt", 2)
@@ -121,31 +121,12 @@ def test_cancels(label: str, outputs: list[EngineOutput], endings: list[Ending])
     assert [role.cancel(R) for _ in endings] == endings, label
 
 
-def test_an_offer_that_crosses_its_cancel_is_freed() -> None:
-    role = accepted()
-    assert role.cancel(R) == ABORT
-    assert role.report(DONE) == Report(None, RELEASE, is_last=True)
-    assert role.cancel(R) == NOTHING
-
-
-def test_a_prompt_that_begins_after_its_cancel_is_offered_to_nobody() -> None:
+def test_a_name_that_comes_again_after_its_cancel_is_another_prompt() -> None:
     role = accepted()
     role.cancel(R)
-    assert role.report(EngineOutput(R, offer=OFFER)) == Report(None)
+    role.accept(MESSAGE)
+    assert role.report(DONE) == PREFILLED
 
 
 def test_a_cancel_of_nothing_is_no_error() -> None:
     assert PrefillRole().cancel(R) == NOTHING
-
-
-def test_an_offer_of_nobodys_is_freed() -> None:
-    assert PrefillRole().report(DONE) == Report(None, RELEASE, is_last=True)
-
-
-def test_cancelled_requests_are_not_kept_for_ever() -> None:
-    role = PrefillRole()
-    for index in range(_CANCELLED_KEPT + 10):
-        request_id = RequestId(str(index))
-        role.accept(Prefill(request_id, H, (1,), None, 0))
-        role.cancel(request_id)
-    assert len(role._cancelled) == _CANCELLED_KEPT
