@@ -58,6 +58,12 @@ def workers_on(served: Served, node_id: str) -> list[str]:
     return [w["worker_id"] for w in status(served)["workers"] if w["node"] == node_id]
 
 
+def num_streams_on(served: Served, worker_ids: list[str]) -> int:
+    """Return how many streams the router has open on these workers."""
+    known = served.workers()
+    return sum(known[each]["reserved"]["num_streams"] for each in worker_ids if each in known)
+
+
 def scale(prefill: int, decode: int) -> None:
     ray.get(find_controller(NAME).scale.remote(prefill, decode))
 
@@ -74,6 +80,8 @@ def test_pools_converge_after_a_node_dies_while_they_grow(cluster: Cluster, serv
             lambda: len(workers_on(served, second.node_id)) == CPUS, 60, "the fourth unit starts"
         )
         lost = workers_on(served, second.node_id)
+        # They last for 2 s, and most have begun.
+        wait_until(lambda: num_streams_on(served, lost) >= 4, 60, "streams on the second node")
         cluster.remove_node(second, allow_graceful=False)
         wait_until(lambda: second.node_id not in nodes_of_ready(served), 60, "its workers are gone")
         assert len(nodes_of_ready(served)) == 4

@@ -98,6 +98,8 @@ async def test_a_worker(number: int, memory: None) -> None:
     context = zmq.asyncio.Context()
     with context.socket(zmq.DEALER) as stranger:
         stranger.setsockopt(zmq.LINGER, 0)
+        # A worker that has ended is nobody to send to.
+        stranger.setsockopt(zmq.SNDTIMEO, 30_000)
         stranger.connect(entry.endpoint)
         source = frames(CODEC, TO_WORKER, 11)
         for start in range(0, number, BATCH):
