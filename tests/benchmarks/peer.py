@@ -43,7 +43,7 @@ from tests.served import Served
 OURS, PEER = "tandem", "nixl"
 # Decode steps until the second token: the peer's decode engine samples the first one, too.
 NUM_STEPS = {OURS: 1, PEER: 2}
-NUM_SINGLE, SINGLE_TOKENS = 10, 10
+NUM_SINGLE, SINGLE_TOKENS = 40, 10
 RATE, SECONDS, ROUNDS = 0.5, 50.0, 4
 PROMPT_TOKENS, OUTPUT_TOKENS = 256, 32
 
