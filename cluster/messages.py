@@ -8,6 +8,7 @@ messages per multipart. `PROTOCOL_VERSION` history:
 3. prefill may sample the first token, and decode goes on from it; a prompt's blocks are offered
    when it begins to be computed.
 4. a snapshot names what pins the most blocks; an offer says how large its own are.
+5. a heartbeat is answered with a tally, too.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, WorkerId
 from cluster.wire import Codec
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 # How a first token that prefill has sampled ends its request.
 FIRST_IS_LAST = (FinishReason.STOP, FinishReason.LENGTH)
 
@@ -44,9 +45,28 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Router to worker, several a second: silence of 3 s aborts the router's requests."""
+    """Router to worker, several a second: silence of 3 s aborts the router's requests.
+
+    `num_asked` counts what the router has sent before over the same link, heartbeats left out.
+    """
 
     router_id: RouterId
+    num_asked: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """Worker to router, first in answer to each heartbeat: what has come and gone by now.
+
+    `num_asked` is the heartbeat's, `num_received` what has come of it, `num_answers` what the
+    worker has sent to this router, tallies and snapshots left out. Two tallies in a row that
+    differ otherwise than by what was sent tell of messages lost on the way: ZeroMQ repairs a
+    connection that breaks, and says nothing of what was on it.
+    """
+
+    num_asked: int
+    num_received: int
+    num_answers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +176,8 @@ class Receipt:
 class Tokens:
     """Worker to router: newly generated tokens of one request; prefill's only if they are all.
 
-    `num_before` counts the leg's tokens sent before these: a gap shows that a message was lost
-    on the way, which a connection that breaks and heals would otherwise hide.
+    `num_before` counts the leg's tokens sent before these: a gap shows at once that a message was
+    lost on the way.
     `logprobs` and `prompt_logprobs` are documents shaped as vLLM's `LogprobsLists`; `stats` is
     on the first message and `receipt`, where KV was pulled, on one message of the request.
     """
@@ -236,8 +256,9 @@ CODEC = Codec(
         9: WorkerSnapshot,
         10: ChangeRole,
         11: Offered,
+        12: Tally,
     },
 )
 
 RouterMessage = Heartbeat | Prefill | Decode | Cancel | ChangeRole
-WorkerMessage = Rejected | Offered | Prefilled | Tokens | Failed | WorkerSnapshot
+WorkerMessage = Rejected | Offered | Prefilled | Tokens | Failed | WorkerSnapshot | Tally

@@ -145,6 +145,11 @@ MALFORMED_FRAMES = _every.counter(
     " workers, `token` at routers and the controller, `engine` between a worker and its engine",
     "plane",
 )
+BROKEN_LINKS = _every.counter(
+    "tandem_broken_links_total",
+    "links",
+    "Times that messages to or from a worker were lost on the way, with requests open there",
+)
 
 # --- routers: what clients see
 
@@ -234,8 +239,7 @@ READY_LINKS = _router.gauge(
 SLO_REQUESTS = _router.counter(
     "tandem_slo_requests_total",
     "requests",
-    "Requests held against the configured objectives: all but those their client cancelled or"
-    " got wrong",
+    "Requests held against the objectives: all but those their client cancelled or got wrong",
 )
 SLO_MET = _router.counter(
     "tandem_slo_met_total",
@@ -335,8 +339,7 @@ KV_BYTES = _worker.counted_elsewhere(
 KV_TRANSPORT_BYTES = _worker.counted_elsewhere(
     "tandem_kv_transport_bytes_total",
     "bytes",
-    "KV cache payload received by this worker, by how it came (cma, shm, tcp, gloo, cuda_ipc,"
-    " nccl)",
+    "KV cache payload received by this worker, by how it came: cma, shm, tcp, gloo, cuda_ipc, nccl",
     "transport",
 )
 HANDOFF_STAGE_SECONDS = _worker.timed_elsewhere(

@@ -6,7 +6,9 @@ frame that is not a valid message is dropped and counted; it never reaches a req
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,11 +26,12 @@ from cluster.messages import (
     Prefilled,
     Rejected,
     RouterMessage,
+    Tally,
     Tokens,
     WorkerMessage,
     WorkerSnapshot,
 )
-from cluster.metrics import MALFORMED_FRAMES
+from cluster.metrics import BROKEN_LINKS, MALFORMED_FRAMES
 from cluster.names import RequestId, RouterId, WorkerId
 from cluster.seldom import Seldom
 from cluster.sockets import Sockets
@@ -58,6 +61,14 @@ def _decode_all(frames: Sequence[bytes], plane: str) -> list[object]:
     return messages
 
 
+@dataclass(slots=True)
+class _Traffic:
+    """Messages from a peer and to it, but for heartbeats and what answers them."""
+
+    num_received: int = 0
+    num_sent: int = 0
+
+
 class WorkerSocket:
     """The worker's end: one bound ROUTER; peers are named by their ZeroMQ identity."""
 
@@ -66,20 +77,37 @@ class WorkerSocket:
         # A router that restarts under its old identity must take its connection over.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self.endpoint = sockets.listen(self._socket, host)
+        self._traffic: dict[bytes, _Traffic] = {}
         # Shown as 0 from the start: the first one is to be seen as an increase.
         MALFORMED_FRAMES.labels("request")
 
     async def receive(self) -> AsyncIterator[tuple[bytes, RouterMessage]]:
-        """Yield (peer, message) until the socket is closed."""
+        """Yield (peer, message) until the socket is closed; `forget` every peer in the end."""
         while not self._socket.closed:
             peer, *frames = await self._socket.recv_multipart()
             for message in _decode_all(frames, "request"):
                 if isinstance(message, RouterMessage):
+                    await self._count(peer, message)
                     yield peer, message
+
+    async def _count(self, peer: bytes, message: RouterMessage) -> None:
+        traffic = self._traffic.setdefault(peer, _Traffic())
+        if isinstance(message, Heartbeat):
+            tally = Tally(message.num_asked, traffic.num_received, traffic.num_sent)
+            await self._socket.send_multipart([peer, CODEC.encode(tally)])
+        else:
+            traffic.num_received += 1
+
+    def forget(self, peer: bytes) -> None:
+        """Count afresh if the peer comes again: to its link that is a loss."""
+        self._traffic.pop(peer, None)
 
     async def send(self, peer: bytes, messages: Sequence[WorkerMessage]) -> None:
         """Send to `peer`; a peer that is gone is dropped by ZeroMQ, its silence noticed."""
-        await self._socket.send_multipart([peer, *map(CODEC.encode, messages)])
+        frames = [CODEC.encode(message) for message in messages]
+        if (traffic := self._traffic.get(peer)) is not None:
+            traffic.num_sent += sum(not isinstance(each, WorkerSnapshot) for each in messages)
+        await self._socket.send_multipart([peer, *frames])
 
     def close(self) -> None:
         """Stop listening; what was sent last still goes out."""
@@ -161,14 +189,16 @@ class Leg:
 
 
 class WorkerLink:
-    """The router's end of one worker: legs by request, heartbeats, and the loss of the worker.
+    """The router's end of one worker: legs by request, heartbeats, and the loss of the worker
+    or of messages.
 
     `snapshot` is the worker's latest answer to a heartbeat, `snapshot_s` when it came (loop
-    time). After `timeout_s` without any
-    message the link is lost: every open leg raises `WorkerLost`, and so does every new one,
-    until the worker answers again. `on_change` is called when the link is lost, and when a
-    snapshot shows another worker, role or life than the one before, `on_room` when it shows more
-    free KV blocks.
+    time). After `timeout_s` without any message the link is lost: every open leg raises
+    `WorkerLost`, and so does every new one, until the worker answers again. Where tallies tell
+    that messages were lost on a connection that ZeroMQ has repaired, the open legs raise it, too,
+    and new ones may be opened. `on_change` is called when the link is lost, and when a snapshot
+    shows another worker, role or life than the one before, `on_room` when it shows more free KV
+    blocks.
     """
 
     def __init__(
@@ -195,6 +225,11 @@ class WorkerLink:
         self._on_room = on_room
         self._heard_s = asyncio.get_running_loop().time()
         self._legs: dict[RequestId, Leg] = {}
+        self._traffic = _Traffic()
+        # What differs for good between both ends' counts: to the worker, and from it.
+        self._missing: tuple[int, int] | None = None
+        # Cancels of legs that are forgotten here, with the number under which they were sent.
+        self._cancels: deque[tuple[int, Cancel]] = deque()
         self._sockets = sockets
         # Which key it was made under; links under two keys are two peers to the worker.
         self.key = sockets.key
@@ -248,8 +283,13 @@ class WorkerLink:
         return leg
 
     def send(self, message: RouterMessage) -> None:
-        if not self._socket.closed:
-            self._socket.send_multipart([CODEC.encode(message)])
+        if self._socket.closed:
+            return
+        if not isinstance(message, Heartbeat):
+            self._traffic.num_sent += 1
+        if isinstance(message, Cancel):
+            self._cancels.append((self._traffic.num_sent, message))
+        self._socket.send_multipart([CODEC.encode(message)])
 
     def forget(self, request_id: RequestId) -> None:
         self._legs.pop(request_id, None)
@@ -259,9 +299,12 @@ class WorkerLink:
         if self.is_lost:
             return
         self.is_lost = True
+        self._end_legs(reason)
+        self._on_change()
+
+    def _end_legs(self, reason: str) -> None:
         for leg in list(self._legs.values()):
             leg.deliver(WorkerLost(f"worker {self.worker_id}: {reason}"))
-        self._on_change()
 
     async def _receive_all(self) -> None:
         # No timeout around this await: cancelling a receive that has just completed would lose
@@ -275,10 +318,33 @@ class WorkerLink:
     def _dispatch(self, message: object) -> None:
         if isinstance(message, WorkerSnapshot):
             self._update(message)
+        elif isinstance(message, Tally):
+            self._compare(message)
         elif isinstance(message, Rejected | Offered | Prefilled | Tokens | Failed):
+            self._traffic.num_received += 1
             leg = self._legs.get(message.request_id)
             if leg is not None:
                 leg.deliver(message)
+
+    def _compare(self, tally: Tally) -> None:
+        """End the legs if either side has missed messages since the last tally; which, nobody
+        knows. A worker that counts afresh has forgotten them itself."""
+        missing = (
+            tally.num_asked - tally.num_received,
+            tally.num_answers - self._traffic.num_received,
+        )
+        known, self._missing = self._missing, missing
+        if known is None or known == missing:
+            while self._cancels and self._cancels[0][0] <= tally.num_asked:
+                self._cancels.popleft()
+            return
+        cancels, self._cancels = self._cancels, deque()
+        for _, cancel in cancels:
+            self.send(cancel)
+        if self._legs:
+            BROKEN_LINKS.inc()
+            logger.warning("%r: messages were lost on the way", self)
+            self._end_legs("messages were lost on the way, its connection broke")
 
     def _update(self, snapshot: WorkerSnapshot) -> None:
         is_changed = self.is_lost or _life(self.snapshot) != _life(snapshot)
@@ -292,7 +358,7 @@ class WorkerLink:
 
     async def _heartbeat(self) -> None:
         while True:
-            self.send(Heartbeat(self._router_id))
+            self.send(Heartbeat(self._router_id, self._traffic.num_sent))
             await asyncio.sleep(self._heartbeat_s)
 
     async def _watch(self) -> None:

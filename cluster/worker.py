@@ -302,6 +302,7 @@ class Worker:
     async def _drop_peer(self, peer: bytes, state: _Peer) -> None:
         logger.warning("router %r is silent: ending its %d requests", peer, len(state.request_ids))
         del self._peers[peer]
+        self._socket.forget(peer)
         for request_id in list(state.request_ids):
             await self._cancel(request_id)
             # A router that was only held up goes on, and must not wait for what was ended.

@@ -44,6 +44,7 @@ TO_ROUTER = [
     messages.Prefilled(RequestId("d"), OFFER, STATS),
     messages.Tokens(RequestId("d"), (1, 2), FinishReason.STOP, 7, {"a": [1.5]}, None, STATS),
     messages.Failed(RequestId("d"), "engine", "why"),
+    messages.Tally(3, 3, 7),
     SNAPSHOT,
 ]
 TO_PRODUCER = [

@@ -228,6 +228,13 @@ _REFUSALS = Row(
             unit="ops",
         ),
         Panel(
+            "Broken links",
+            "Connections between routers and workers that broke with messages on them: requests"
+            " open there begin again, and streams that decode had begun end.",
+            (Query(rate("tandem_broken_links_total", "component"), "{{component}}"),),
+            unit="ops",
+        ),
+        Panel(
             "Peers refused, by cause",
             "Connections to a socket of ours by somebody without a key of the deployment.",
             (Query(rate("tandem_peers_refused_total", "cause"), "{{cause}}"),),

@@ -105,8 +105,9 @@ async def test_a_worker(number: int, memory: None) -> None:
         for start in range(0, number, BATCH):
             for frame in itertools.islice(source, min(BATCH, number - start)):
                 await stranger.send_multipart([frame])
-            await stranger.send(CODEC.encode(messages.Heartbeat(RouterId("r"))))
-            while not isinstance(await received(stranger), messages.WorkerSnapshot):
+            # Only the heartbeat is answered with this number.
+            await stranger.send(CODEC.encode(messages.Heartbeat(RouterId("r"), number + start)))
+            while not is_tally(await received(stranger), number + start):
                 pass
     link = WorkerLink(Sockets(context), RouterId("fresh"), WorkerId("w"), entry.endpoint, 30.0)
     await until(lambda: link.snapshot is not None)
@@ -115,6 +116,10 @@ async def test_a_worker(number: int, memory: None) -> None:
     context.destroy(linger=0)
     await worker.stop()
     await running
+
+
+def is_tally(message: object, num_asked: int) -> bool:
+    return isinstance(message, messages.Tally) and message.num_asked == num_asked
 
 
 async def received(socket: Any) -> object:

@@ -28,6 +28,7 @@ KINDS: list[type] = [
     messages.Failed,
     messages.WorkerSnapshot,
     messages.ChangeRole,
+    messages.Tally,
 ]
 # A small alphabet of every encoded length: hypothesis takes seconds to list all of Unicode.
 ALPHABET = "a0 \x00\u00e4\u6c34\U0001f701"
@@ -154,26 +155,26 @@ def head(*parts: Any) -> bytes:
 @pytest.mark.parametrize(
     ("frame", "says"),
     [
-        (head(PROTOCOL_VERSION + 1, 1, ["r"]), "version"),
-        (head(True, 1, ["r"]), "version"),
+        (head(PROTOCOL_VERSION + 1, 1, ["r", 0]), "version"),
+        (head(True, 1, ["r", 0]), "version"),
         (head(PROTOCOL_VERSION, 99, []), "tag"),
         (head(PROTOCOL_VERSION, "1", []), "tag"),
-        (head(PROTOCOL_VERSION, True, ["r"]), "tag"),
+        (head(PROTOCOL_VERSION, True, ["r", 0]), "tag"),
         (head(PROTOCOL_VERSION, 1), r"\[version, tag, fields\]"),
-        (head(PROTOCOL_VERSION, 1, []), "Heartbeat wants an array of 1"),
-        (head(PROTOCOL_VERSION, 1, ["r", "more"]), "Heartbeat wants an array of 1"),
-        (head(PROTOCOL_VERSION, 1, [7]), "expected str, got int"),
+        (head(PROTOCOL_VERSION, 1, []), "Heartbeat wants an array of 2"),
+        (head(PROTOCOL_VERSION, 1, ["r", 0, "more"]), "Heartbeat wants an array of 2"),
+        (head(PROTOCOL_VERSION, 1, [7, 0]), "expected str, got int"),
         (head(PROTOCOL_VERSION, 4, [b"r"]), "expected str, got bytes"),
         (head(PROTOCOL_VERSION, 2, ["r", "h", [1, "2"], None, 0, None]), "array of int"),
         (head(PROTOCOL_VERSION, 2, ["r", "h", [1, True], None, 0, None]), "array of int"),
         (head(PROTOCOL_VERSION, 7, ["r", [1], "bored", *[None] * 5, 0]), "FinishReason"),
         (head(PROTOCOL_VERSION, 3, ["r", [1], {1: 2}, *[None] * 4, False]), "not msgpack|keys"),
-        (head(PROTOCOL_VERSION, 1, [msgpack.ExtType(5, b"x")]), "expected str"),
+        (head(PROTOCOL_VERSION, 1, [msgpack.ExtType(5, b"x"), 0]), "expected str"),
         (
             head(PROTOCOL_VERSION, 3, ["r", [1], {"a": msgpack.Timestamp(1)}, *[None] * 4, False]),
             "not allowed",
         ),
-        (head(PROTOCOL_VERSION, 1, ["r"]) + b"\x00", "not msgpack"),
+        (head(PROTOCOL_VERSION, 1, ["r", 0]) + b"\x00", "not msgpack"),
     ],
 )
 def test_refusals_say_what_is_wrong(frame: bytes, says: str) -> None:
