@@ -311,8 +311,9 @@ class Soak:
 def vitals(pid: int) -> Vitals:
     process = psutil.Process(pid)
     rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    rss, pss = (int(re.findall(rf"^{name}:\s+(\d+)", rollup, re.M)[0]) for name in ("Rss", "Pss"))
-    return Vitals(rss * 1024, pss * 1024, process.num_fds(), len(arenas(pid)))
+    named = {name: int(kib) * 1024 for name, kib in re.findall(r"^(\w+):\s+(\d+) kB", rollup, re.M)}
+    pss = named["Pss_Anon"] + named["Pss_Shmem"]
+    return Vitals(named["Rss"], pss, process.num_fds(), len(arenas(pid)))
 
 
 def arenas(pid: int) -> set[str]:

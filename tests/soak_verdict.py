@@ -11,8 +11,11 @@ FILES_TOLERANCE = 2
 
 @dataclass(frozen=True, slots=True)
 class Vitals:
-    """What one process has: memory in bytes (PSS shares what several map), open files, and the
-    shared arenas that it maps."""
+    """What one process has: memory in bytes, open files, and the shared arenas that it maps.
+
+    PSS is a process's share of what several map; pages of files, which it has more of whenever
+    any other program that maps them ends, are left out.
+    """
 
     rss_bytes: int
     pss_bytes: int
@@ -60,7 +63,7 @@ def courses(samples: Sequence[Sample], memory_tolerance_bytes: int) -> list[Cour
             "open files": (lambda vitals: vitals.num_fds, FILES_TOLERANCE),
             "arenas mapped": (lambda vitals: vitals.num_arenas, 0),
             "RSS": (lambda vitals: vitals.rss_bytes, memory_tolerance_bytes),
-            "PSS": (lambda vitals: vitals.pss_bytes, memory_tolerance_bytes),
+            "PSS without files": (lambda vitals: vitals.pss_bytes, memory_tolerance_bytes),
         }
         for field, (value, tolerance) in fields.items():
             of_one = partial(_of, name, value)

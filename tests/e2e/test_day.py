@@ -13,10 +13,7 @@ pytestmark = [pytest.mark.alone, pytest.mark.timeout(400)]
 CUT = Cut(begin_h=0.5, hours=4.0, speedup=240.0)
 
 
-def test_both_pools_follow_the_published_curve(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RAY_worker_niceness", "0")
+def test_both_pools_follow_the_published_curve(tmp_path: Path) -> None:
     run = follow(CUT, f"t-day-{os.getpid()}", tmp_path)
     verdict, decode = run.verdict, [record.decision.final.decode for record in run.records]
     waiting = [(r.snapshot.prefill.serving, r.snapshot.decode.serving) for r in verdict.waiting]

@@ -173,14 +173,17 @@ class Source:
     def part(self) -> str:
         return self.path.partition("/")[0]
 
-    def imports(self) -> Iterator[str]:
-        """Yield every module imported anywhere in the file, in functions and for types too."""
+    @cached_property
+    def imports(self) -> tuple[str, ...]:
+        """Every module imported anywhere in the file, in functions and for types too."""
+        modules: list[str] = []
         for node in self.nodes:
             if isinstance(node, ast.Import):
-                yield from (alias.name for alias in node.names)
+                modules += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{self.path}:{node.lineno}: relative import"
-                yield node.module or ""
+                modules.append(node.module or "")
+        return tuple(modules)
 
     def functions(self) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
         for node in self.nodes:
@@ -214,7 +217,7 @@ def test_imports_go_one_way() -> None:
     wrong = [
         f"{source.path} imports {module}"
         for source in ours()
-        for module in source.imports()
+        for module in source.imports
         if (part := module.partition(".")[0]) in {*LAYERS, "tests"}
         and part not in LAYERS[source.part] | {source.part}
     ]
@@ -225,7 +228,7 @@ def _files_importing(package: str) -> set[str]:
     return {
         source.path
         for source in ours()
-        for module in source.imports()
+        for module in source.imports
         if module.partition(".")[0] == package
     }
 
@@ -247,7 +250,7 @@ def test_torch_is_imported_only_where_vllm_may_be_and_for_tensors() -> None:
 @pytest.mark.parametrize("path", sorted(PURE))
 def test_pure_files_are_pure(path: str) -> None:
     (source,) = [source for source in ours() if source.path == path]
-    impure = {module.partition(".")[0] for module in source.imports()} & NOT_IN_PURE
+    impure = {module.partition(".")[0] for module in source.imports} & NOT_IN_PURE
     assert not impure, f"{path} imports {impure}"
     asynchronous = [
         function.name
@@ -264,7 +267,7 @@ def test_pure_files_import_pure_files() -> None:
         f"{source.path} imports {module}"
         for source in ours()
         if source.path in PURE
-        for module in source.imports()
+        for module in source.imports
         if module.partition(".")[0] in LAYERS and module not in by_module
     ]
     assert not wrong
