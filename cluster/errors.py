@@ -17,6 +17,10 @@ class WorkerLost(RetryElsewhere):
     """The worker stopped answering or its engine died."""
 
 
+class ConnectionCut(WorkerLost):
+    """The worker lives, and messages from or to it were lost on the way; it may be asked again."""
+
+
 class HandoffFailed(RetryElsewhere):
     """The KV cache did not arrive intact; prefill again elsewhere or locally."""
 

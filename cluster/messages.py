@@ -51,17 +51,16 @@ class Heartbeat:
     """
 
     router_id: RouterId
-    num_asked: int = 0
+    num_asked: int
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
     """Worker to router, first in answer to each heartbeat: what has come and gone by now.
 
-    `num_asked` is the heartbeat's, `num_received` what has come of it, `num_answers` what the
-    worker has sent to this router, tallies and snapshots left out. Two tallies in a row that
-    differ otherwise than by what was sent tell of messages lost on the way: ZeroMQ repairs a
-    connection that breaks, and says nothing of what was on it.
+    `num_asked` is the heartbeat's, and so many of those messages have come: `num_received`.
+    `num_answers` is what the worker has sent to this router, tallies and snapshots left out. What
+    follows from them is in `cluster/tallies.py`.
     """
 
     num_asked: int

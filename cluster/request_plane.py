@@ -8,13 +8,12 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import zmq
 
-from cluster.errors import HandoffFailed, TandemError, WorkerLost
+from cluster.errors import ConnectionCut, HandoffFailed, TandemError, WorkerLost
 from cluster.messages import (
     CODEC,
     Cancel,
@@ -35,6 +34,7 @@ from cluster.metrics import BROKEN_LINKS, MALFORMED_FRAMES
 from cluster.names import RequestId, RouterId, WorkerId
 from cluster.seldom import Seldom
 from cluster.sockets import Sockets
+from cluster.tallies import TallyReader, Traffic
 from cluster.wire import MAX_FRAME_BYTES, WireError
 
 # Often enough that a snapshot shows within a second what a cancelled request has freed.
@@ -43,6 +43,8 @@ HEARTBEAT_S = 0.25
 MAX_REQUEST_BYTES = 8 << 20
 _MAX_FRAMES = 4096
 _LAST_WORDS_MS = 500
+# Kept per link until a tally says that they have come.
+_MAX_CANCELS = 4096
 
 logger = logging.getLogger(__name__)
 # All of them are counted; a peer that sends nothing else must not fill the disk.
@@ -61,14 +63,6 @@ def _decode_all(frames: Sequence[bytes], plane: str) -> list[object]:
     return messages
 
 
-@dataclass(slots=True)
-class _Traffic:
-    """Messages from a peer and to it, but for heartbeats and what answers them."""
-
-    num_received: int = 0
-    num_sent: int = 0
-
-
 class WorkerSocket:
     """The worker's end: one bound ROUTER; peers are named by their ZeroMQ identity."""
 
@@ -77,21 +71,22 @@ class WorkerSocket:
         # A router that restarts under its old identity must take its connection over.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self.endpoint = sockets.listen(self._socket, host)
-        self._traffic: dict[bytes, _Traffic] = {}
+        self._traffic: dict[bytes, Traffic] = {}
         # Shown as 0 from the start: the first one is to be seen as an increase.
         MALFORMED_FRAMES.labels("request")
 
     async def receive(self) -> AsyncIterator[tuple[bytes, RouterMessage]]:
-        """Yield (peer, message) until the socket is closed; `forget` every peer in the end."""
+        """Yield (peer, message) until the socket is closed. Of each peer something is kept until
+        the caller has it forgotten."""
         while not self._socket.closed:
             peer, *frames = await self._socket.recv_multipart()
             for message in _decode_all(frames, "request"):
                 if isinstance(message, RouterMessage):
-                    await self._count(peer, message)
+                    await self._tally(peer, message)
                     yield peer, message
 
-    async def _count(self, peer: bytes, message: RouterMessage) -> None:
-        traffic = self._traffic.setdefault(peer, _Traffic())
+    async def _tally(self, peer: bytes, message: RouterMessage) -> None:
+        traffic = self._traffic.setdefault(peer, Traffic())
         if isinstance(message, Heartbeat):
             tally = Tally(message.num_asked, traffic.num_received, traffic.num_sent)
             await self._socket.send_multipart([peer, CODEC.encode(tally)])
@@ -115,11 +110,16 @@ class WorkerSocket:
 
 
 class Leg:
-    """One request's conversation with one worker; closing it early cancels it there."""
+    """One request's conversation with one worker; closing it early cancels it there.
 
-    def __init__(self, link: "WorkerLink", request_id: RequestId) -> None:
+    `number` is that of its first message among those of the link.
+    """
+
+    def __init__(self, link: "WorkerLink", request_id: RequestId, number: int) -> None:
         self._link = link
         self.request_id = request_id
+        self.number = number
+        self.is_lost = False
         self._inbox: asyncio.Queue[WorkerMessage | TandemError] = asyncio.Queue()
         self._consumer: Leg | None = None
         self._has_tokens = False
@@ -157,6 +157,11 @@ class Leg:
         if isinstance(message, Tokens) and message.finish_reason is not None:
             self._is_done = True
         return message
+
+    def lose(self, error: WorkerLost) -> None:
+        """Have `receive` raise `error` after what has arrived."""
+        self.is_lost = True
+        self.deliver(error)
 
     def fail(self, error: TandemError) -> None:
         """Close the leg from this side; `receive` raises `error` whatever has arrived."""
@@ -225,11 +230,11 @@ class WorkerLink:
         self._on_room = on_room
         self._heard_s = asyncio.get_running_loop().time()
         self._legs: dict[RequestId, Leg] = {}
-        self._traffic = _Traffic()
-        # What differs for good between both ends' counts: to the worker, and from it.
-        self._missing: tuple[int, int] | None = None
-        # Cancels of legs that are forgotten here, with the number under which they were sent.
-        self._cancels: deque[tuple[int, Cancel]] = deque()
+        self._traffic = Traffic()
+        self._tallies = TallyReader()
+        self._num_unanswered = 0
+        # With their numbers. Their legs are forgotten here: after a loss they are said again.
+        self._cancels: deque[tuple[int, Cancel]] = deque(maxlen=_MAX_CANCELS)
         self._sockets = sockets
         # Which key it was made under; links under two keys are two peers to the worker.
         self.key = sockets.key
@@ -277,19 +282,25 @@ class WorkerLink:
             raise WorkerLost(f"worker {self.worker_id} is lost")
         if message.request_id in self._legs:
             raise ValueError(f"request {message.request_id} already has a leg on {self!r}")
-        leg = Leg(self, message.request_id)
-        self._legs[message.request_id] = leg
         self.send(message)
+        leg = self._legs[message.request_id] = Leg(self, message.request_id, self._traffic.num_sent)
         return leg
 
     def send(self, message: RouterMessage) -> None:
         if self._socket.closed:
             return
-        if not isinstance(message, Heartbeat):
+        frame = CODEC.encode(message)
+        if isinstance(message, Heartbeat):
+            self._num_unanswered += 1
+        else:
             self._traffic.num_sent += 1
         if isinstance(message, Cancel):
             self._cancels.append((self._traffic.num_sent, message))
-        self._socket.send_multipart([CODEC.encode(message)])
+        self._socket.send_multipart([frame])
+
+    def beat(self) -> None:
+        """Send a heartbeat."""
+        self.send(Heartbeat(self._router_id, self._traffic.num_sent))
 
     def forget(self, request_id: RequestId) -> None:
         self._legs.pop(request_id, None)
@@ -299,12 +310,9 @@ class WorkerLink:
         if self.is_lost:
             return
         self.is_lost = True
-        self._end_legs(reason)
-        self._on_change()
-
-    def _end_legs(self, reason: str) -> None:
         for leg in list(self._legs.values()):
-            leg.deliver(WorkerLost(f"worker {self.worker_id}: {reason}"))
+            leg.lose(WorkerLost(f"worker {self.worker_id}: {reason}"))
+        self._on_change()
 
     async def _receive_all(self) -> None:
         # No timeout around this await: cancelling a receive that has just completed would lose
@@ -327,24 +335,27 @@ class WorkerLink:
                 leg.deliver(message)
 
     def _compare(self, tally: Tally) -> None:
-        """End the legs if either side has missed messages since the last tally; which, nobody
-        knows. A worker that counts afresh has forgotten them itself."""
-        missing = (
-            tally.num_asked - tally.num_received,
-            tally.num_answers - self._traffic.num_received,
-        )
-        known, self._missing = self._missing, missing
-        if known is None or known == missing:
+        """End the legs that may have lost something since the last tally, if anything was lost."""
+        if not self._num_unanswered:
+            return
+        self._num_unanswered -= 1
+        suspects = self._tallies.read(tally, self._traffic.num_received)
+        if suspects is None:
             while self._cancels and self._cancels[0][0] <= tally.num_asked:
                 self._cancels.popleft()
             return
-        cancels, self._cancels = self._cancels, deque()
+        cancels = list(self._cancels)
+        self._cancels.clear()
         for _, cancel in cancels:
             self.send(cancel)
-        if self._legs:
-            BROKEN_LINKS.inc()
-            logger.warning("%r: messages were lost on the way", self)
-            self._end_legs("messages were lost on the way, its connection broke")
+        legs = [leg for leg in self._legs.values() if leg.number in suspects and not leg.is_lost]
+        if not legs:
+            return
+        BROKEN_LINKS.inc()
+        if _warnings.is_due():
+            logger.warning("%r: messages were lost on the way: %d legs end", self, len(legs))
+        for leg in legs:
+            leg.lose(ConnectionCut(f"worker {self.worker_id}: messages were lost on the way"))
 
     def _update(self, snapshot: WorkerSnapshot) -> None:
         is_changed = self.is_lost or _life(self.snapshot) != _life(snapshot)
@@ -358,7 +369,7 @@ class WorkerLink:
 
     async def _heartbeat(self) -> None:
         while True:
-            self.send(Heartbeat(self._router_id, self._traffic.num_sent))
+            self.beat()
             await asyncio.sleep(self._heartbeat_s)
 
     async def _watch(self) -> None:

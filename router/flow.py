@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from cluster.config import RouterSection
 from cluster.errors import (
+    ConnectionCut,
     DeadlineExceeded,
     Overloaded,
     RetryElsewhere,
@@ -269,7 +270,7 @@ class Flow:
         if answer.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
             raise EngineFailed(f"the decode worker ended it: {answer.stop_reason or 'aborted'}")
         if answer.num_before != run.num_received:
-            raise EngineFailed(
+            raise ConnectionCut(
                 f"tokens lost on the way: {run.num_received} received, {answer.num_before} sent"
             )
         run.num_received += len(answer.token_ids)

@@ -1,8 +1,9 @@
 """What a request does after a setback: whom it keeps away from, and when it gives up. Pure.
 
 A worker that is gone, failed or refused is excluded. A hand-off that failed between two living
-workers says little about either: both are merely avoided, so that the only prefill worker may be
-tried once more. After the second one, and in the last attempt, decode computes the prompt.
+workers says little about either, nor does a connection that was cut: they are merely avoided, so
+that the only prefill worker may be tried once more. After the second such hand-off, and in the last
+attempt, decode computes the prompt.
 """
 
 import enum
@@ -21,14 +22,27 @@ class Cause(enum.StrEnum):
     PREFILL_REFUSED = "prefill_refused"
     PREFILL_LOST = "prefill_lost"
     PREFILL_FAILED = "prefill_failed"
+    PREFILL_CUT = "prefill_cut"
     HANDOFF_FAILED = "handoff_failed"
     DECODE_REFUSED = "decode_refused"
     DECODE_LOST = "decode_lost"
     DECODE_FAILED = "decode_failed"
+    DECODE_CUT = "decode_cut"
 
 
-_LOST_CACHES = {Cause.HANDOFF_FAILED, Cause.PREFILL_LOST, Cause.PREFILL_FAILED}
-_PREFILL_CAUSES = {Cause.PREFILL_REFUSED, Cause.PREFILL_LOST, Cause.PREFILL_FAILED}
+_CUTS = {Cause.PREFILL_CUT, Cause.DECODE_CUT}
+_LOST_CACHES = {
+    Cause.HANDOFF_FAILED,
+    Cause.PREFILL_LOST,
+    Cause.PREFILL_FAILED,
+    Cause.PREFILL_CUT,
+}
+_PREFILL_CAUSES = {
+    Cause.PREFILL_REFUSED,
+    Cause.PREFILL_LOST,
+    Cause.PREFILL_FAILED,
+    Cause.PREFILL_CUT,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +63,8 @@ class Tries:
             num_failed = self.num_failed_handoffs + 1
             return replace(tries, num_failed_handoffs=num_failed, avoided=self.avoided | pair)
         culprit = prefill if prefill and cause in _PREFILL_CAUSES else decode
+        if cause in _CUTS:
+            return replace(tries, avoided=self.avoided | {culprit})
         return replace(tries, excluded=self.excluded | {culprit})
 
     def request(

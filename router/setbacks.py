@@ -3,6 +3,7 @@
 import asyncio
 
 from cluster.errors import (
+    ConnectionCut,
     DeadlineExceeded,
     HandoffFailed,
     Overloaded,
@@ -41,6 +42,8 @@ def cause_of(error: RetryElsewhere, side: Role) -> Cause:
     is_prefill = side is Role.PREFILL
     if isinstance(error, Refused):
         return Cause.PREFILL_REFUSED if is_prefill else Cause.DECODE_REFUSED
+    if isinstance(error, ConnectionCut):
+        return Cause.PREFILL_CUT if is_prefill else Cause.DECODE_CUT
     if isinstance(error, HandoffFailed) and not is_prefill:
         return Cause.HANDOFF_FAILED
     if isinstance(error, EngineFailed | HandoffFailed):

@@ -14,7 +14,7 @@ from tests.integration.kv_transfer.ports import EPOCH, LAYOUT
 OFFER = Offer(HandoffId("h"), WorkerId("w"), EPOCH, LAYOUT.fingerprint, ("tcp://k",), 64, 4, 20.0)
 STATS = messages.PrefillStats(8, 8, 0, 0)
 TO_WORKER = [
-    messages.Heartbeat(RouterId("r")),
+    messages.Heartbeat(RouterId("r"), 0),
     messages.Prefill(RequestId("p"), HandoffId("p"), (1, 2, 3), None, 0),
     messages.Decode(RequestId("d"), (1, 2, 3), {"max_tokens": 2}, None, "salt", 0),
     messages.Decode(RequestId("e"), (1, 2, 3), {"max_tokens": 2}, OFFER, None, 1),

@@ -229,8 +229,8 @@ _REFUSALS = Row(
         ),
         Panel(
             "Broken links",
-            "Connections between routers and workers that broke with messages on them: requests"
-            " open there begin again, and streams that decode had begun end.",
+            "Connections to workers that broke with messages on them: requests open there begin"
+            " again, and streams that decode had begun end.",
             (Query(rate("tandem_broken_links_total", "component"), "{{component}}"),),
             unit="ops",
         ),

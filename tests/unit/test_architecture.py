@@ -99,6 +99,7 @@ PURE = {
     "cluster/snapshot.py",
     "cluster/stages.py",
     "cluster/submissions.py",
+    "cluster/tallies.py",
     "cluster/targets.py",
     "cluster/topology.py",
     "cluster/wire.py",

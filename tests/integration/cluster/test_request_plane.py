@@ -114,7 +114,7 @@ async def test_a_worker_drops_and_counts_malformed_frames(
     with context.socket(zmq.DEALER) as stranger:
         stranger.setsockopt(zmq.LINGER, 0)
         stranger.connect(pair.worker.socket.endpoint)
-        await stranger.send_multipart([*BAD_FRAMES, CODEC.encode(Heartbeat(RouterId("s")))])
+        await stranger.send_multipart([*BAD_FRAMES, CODEC.encode(Heartbeat(RouterId("s"), 0))])
         # The good frame among the bad ones is answered.
         async with asyncio.timeout(10):
             await stranger.recv()
@@ -145,7 +145,7 @@ async def test_a_message_for_the_other_side_is_ignored(
         stranger.setsockopt(zmq.LINGER, 0)
         stranger.connect(pair.worker.socket.endpoint)
         tokens = CODEC.encode(Tokens(RequestId("r"), (1,)))
-        await stranger.send_multipart([tokens, CODEC.encode(Heartbeat(RouterId("s")))])
+        await stranger.send_multipart([tokens, CODEC.encode(Heartbeat(RouterId("s"), 0))])
         async with asyncio.timeout(10):
             await stranger.recv()
     assert pair.worker.requests == []
@@ -175,7 +175,7 @@ async def test_a_stranger_with_delimiter_frames_does_no_harm(
     with context.socket(zmq.REQ) as stranger:
         stranger.setsockopt(zmq.LINGER, 0)
         stranger.connect(pair.worker.socket.endpoint)
-        await stranger.send(CODEC.encode(Heartbeat(RouterId("s"))))
+        await stranger.send(CODEC.encode(Heartbeat(RouterId("s"), 0)))
     with pair.decode() as leg:
         await leg.receive()
 

@@ -18,7 +18,6 @@ from cluster.messages import (
     Cancel,
     Decode,
     Failed,
-    Heartbeat,
     Offer,
     Offered,
     Prefill,
@@ -304,7 +303,7 @@ async def test_every_way_to_end_frees_every_block(
 
         async def is_idle() -> bool:
             for link in (router.prefill, router.decode):
-                link.send(Heartbeat(RouterId("router-0")))
+                link.beat()
             await asyncio.sleep(0.01)
             return await router.is_idle()
 

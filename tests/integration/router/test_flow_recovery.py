@@ -228,7 +228,20 @@ async def test_tokens_lost_on_the_way_end_the_stream_rather_than_leave_a_gap() -
         await pools["d0"].send(b"router", Tokens(leg.request_id, (2,), num_before=2))
         with pytest.raises(WorkerLost, match="lost on the way: 1 received, 2 sent"):
             await anext(stream)
-        assert causes(pools.record(request)) == ["decode_failed"]
+        assert causes(pools.record(request)) == ["decode_cut"]
+
+
+@pytest.mark.parametrize(("name", "cause"), [("p0", "prefill_cut"), ("d0", "decode_cut")])
+async def test_after_a_cut_the_only_worker_is_asked_again(name: str, cause: str) -> None:
+    async with Pools() as pools:
+        pools[name].plans.append(HANG)
+        request = pools.request()
+        task = pools.start(request)
+        await until(lambda: pools[name].requests)
+        # What it would do after a silence; the router hears of it as of a loss.
+        pools[name].socket.forget(b"router")
+        assert [tokens.token_ids for tokens in await task] == [(0,), (1,)]
+        assert causes(pools.record(request)) == [cause, None]
 
 
 async def test_a_silent_worker_that_comes_back_serves_again() -> None:

@@ -218,4 +218,4 @@ def test_an_annotation_the_wire_cannot_carry_is_refused_when_the_codec_is_made()
 def test_codecs_of_two_versions_do_not_understand_each_other() -> None:
     older = Codec(PROTOCOL_VERSION - 1, {1: Heartbeat, 5: Rejected})
     with pytest.raises(WireError, match="version"):
-        CODEC.decode(older.encode(Heartbeat(RouterId("r"))))
+        CODEC.decode(older.encode(Heartbeat(RouterId("r"), 0)))

@@ -28,6 +28,14 @@ def test_the_worker_at_fault_is_excluded(cause: Cause, excluded: str) -> None:
     assert tries.num_attempts == 2
 
 
+@pytest.mark.parametrize(
+    ("cause", "avoided"), [(Cause.PREFILL_CUT, "p0"), (Cause.DECODE_CUT, "d0")]
+)
+def test_a_worker_whose_connection_was_cut_is_avoided(cause: Cause, avoided: str) -> None:
+    tries = Tries().after(cause, PLACED)
+    assert tries.avoided == {avoided} and not tries.excluded
+
+
 def test_after_one_failed_handoff_both_workers_are_avoided() -> None:
     request = Tries().after(Cause.HANDOFF_FAILED, PLACED).request(100, False, CONFIG)
     assert request.avoided == {"p0", "d0"} and not request.excluded
@@ -64,7 +72,12 @@ def test_attempts_are_bounded() -> None:
 @pytest.mark.parametrize("cause", Cause)
 def test_without_recovery_a_lost_cache_ends_the_request(cause: Cause) -> None:
     config = RouterSection(recovery="none")
-    is_cache_lost = cause in {Cause.HANDOFF_FAILED, Cause.PREFILL_LOST, Cause.PREFILL_FAILED}
+    is_cache_lost = cause in {
+        Cause.HANDOFF_FAILED,
+        Cause.PREFILL_LOST,
+        Cause.PREFILL_FAILED,
+        Cause.PREFILL_CUT,
+    }
     assert should_retry(Tries(), cause, config) is not is_cache_lost
 
 
