@@ -22,4 +22,6 @@ def test_both_pools_follow_the_published_curve(tmp_path: Path) -> None:
     assert verdict.num_ticks > 20 and verdict.share_within >= WITHIN_LIMIT
     assert verdict.off_ratio == ()
     assert run.largest_bytes <= MEMORY_LIMIT_BYTES
-    assert max(decode) >= 10 and decode[-1] <= max(decode) - 2, "up to the peak, and down again"
+    # Not at the end: what a slow machine has not answered by then comes in one heap.
+    peak = decode.index(max(decode))
+    assert decode[peak] >= 10 and min(decode[peak:]) <= decode[peak] - 2, "up, and down again"
