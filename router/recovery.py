@@ -31,18 +31,9 @@ class Cause(enum.StrEnum):
 
 
 _CUTS = {Cause.PREFILL_CUT, Cause.DECODE_CUT}
-_LOST_CACHES = {
-    Cause.HANDOFF_FAILED,
-    Cause.PREFILL_LOST,
-    Cause.PREFILL_FAILED,
-    Cause.PREFILL_CUT,
-}
-_PREFILL_CAUSES = {
-    Cause.PREFILL_REFUSED,
-    Cause.PREFILL_LOST,
-    Cause.PREFILL_FAILED,
-    Cause.PREFILL_CUT,
-}
+_LOST_PREFILLS = {Cause.PREFILL_LOST, Cause.PREFILL_FAILED, Cause.PREFILL_CUT}
+_LOST_CACHES = {Cause.HANDOFF_FAILED, *_LOST_PREFILLS}
+_PREFILL_CAUSES = {Cause.PREFILL_REFUSED, *_LOST_PREFILLS}
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ What runs and how it is judged is in `tests/day.py`; the suite runs a cut of the
 """
 
 import argparse
-import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +19,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hours", type=float, default=24.0, help="how much of the day")
     cut = Cut(hours=parser.parse_args().hours)
-    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray spells it so
     with tempfile.TemporaryDirectory(prefix="bench-day-") as folder:
         return 0 if report(follow(cut, NAME, Path(folder)), cut) else 1
 

@@ -1,6 +1,0 @@
-"""What every test starts from."""
-
-import os
-
-# Ray runs its workers at nice 15: beside another test file they would stand still for seconds.
-os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  # Ray spells it so
