@@ -10,7 +10,6 @@ finds a second thread in itself.
 deployment (it carries the mark), or when it had nothing to do for some minutes.
 """
 
-import gc
 import logging
 import os
 import selectors
@@ -121,7 +120,10 @@ class Template:
 
 
 def warm_up(request: ForkRequest) -> None:
-    """Import what workers will; what fails here fails again in the worker, which reports it."""
+    """Import what workers will; what fails here fails again in the worker, which reports it.
+
+    Forks share these pages until someone writes: the collector, kept away, does not.
+    """
     spec = request.spec
     try:
         with uncollected():
@@ -130,9 +132,6 @@ def warm_up(request: ForkRequest) -> None:
             load("cluster.vllm_engine:import_engine")(spec.config.model)
     except Exception:
         logger.exception("the template could not import everything")
-    # Forks share these pages until someone writes: the collector must not.
-    gc.collect()
-    gc.freeze()
 
 
 def main(name: str, raylet_pid: int) -> None:
