@@ -13,7 +13,7 @@ from tests.e2e.conftest import BLOCK_SIZE, CHUNK_TOKENS, disaggregation
 from tests.prompts import prompt_of, text_of
 from tests.served import Served
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(1200)
 
 NUM_PROMPTS = 64
 NUM_NEW_TOKENS = 64

@@ -125,8 +125,9 @@ def _down_after_a_kill(launcher: Launcher) -> None:
 def desired_by(config: Path) -> tuple[str, bool]:
     """Return the ratio that was found, and whether the target is one that a worker can carry.
 
-    A step with n requests takes 40 + 4 n ms: 80 ms at 10, so 125 tokens/s, times the headroom.
+    A step with n requests takes 40 + 4 n ms: 80 ms at 10, so 125 tokens/s, times the headroom; a
+    busy machine takes longer. One request has 23 tokens/s.
     """
     found = load_config(config).autoscaler
     assert found.target_per_worker is not None
-    return found.ratio, 50 < found.target_per_worker < 105
+    return found.ratio, 15 < found.target_per_worker < 105
