@@ -162,7 +162,11 @@ class RouterSection(Section):
         "elsewhere", description="after a failed hand-off: prefill again elsewhere, else local"
     )
     max_attempts: Count = Field(4, description="placements tried per request")
-    worker_timeout_s: Seconds = Field(3.0, description="a silent worker is lost after this")
+    worker_timeout_s: Seconds = Field(
+        3.0,
+        description="a silent worker is lost after this; for a worker a silent router is, three "
+        "times as long after where its connection is up",
+    )
     records: Count = Field(2000, description="request records kept for look-up")
 
 

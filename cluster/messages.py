@@ -45,7 +45,8 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Router to worker, several a second: silence of 3 s aborts the router's requests.
+    """Router to worker, several a second: a silence of `router.worker_timeout_s` aborts the
+    requests of a router whose connection is gone, one of three times as long those of any.
 
     `num_asked` counts what the router has sent before over the same link, heartbeats left out.
     """

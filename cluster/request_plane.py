@@ -104,6 +104,21 @@ class WorkerSocket:
             traffic.num_sent += sum(not isinstance(each, WorkerSnapshot) for each in messages)
         await self._socket.send_multipart([peer, *frames])
 
+    async def reaches(self, peer: bytes, snapshot: WorkerSnapshot) -> bool:
+        """Send the snapshot; return whether `peer` has a connection. That of a process that has
+        ended is closed; where a host or network is gone, it may look open for long."""
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            # Tried before the call returns; only its outcome is awaited.
+            sending = self._socket.send_multipart([peer, CODEC.encode(snapshot)], zmq.NOBLOCK)
+        finally:
+            self._socket.setsockopt(zmq.ROUTER_MANDATORY, 0)
+        try:
+            await sending
+        except zmq.ZMQError as error:
+            return error.errno != zmq.EHOSTUNREACH
+        return True
+
     def close(self) -> None:
         """Stop listening; what was sent last still goes out."""
         self._socket.close(linger=_LAST_WORDS_MS)

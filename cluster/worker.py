@@ -40,6 +40,9 @@ from cluster.worker_metrics import WorkerMetrics
 from cluster.worker_spec import WorkerSpec, load
 
 _WATCH_S = 0.5
+# A router that stands still while its connection is up most likely goes on: ending its streams
+# would cost its clients more than waiting costs anybody.
+_PATIENCE = 3
 
 logger = logging.getLogger(__name__)
 
@@ -286,7 +289,8 @@ class Worker:
     # Silence.
 
     async def _watch(self) -> None:
-        """Abort the requests of routers that have not spoken for the time-out."""
+        """Abort the requests of routers that have not spoken for the time-out and are gone, or
+        for `_PATIENCE` times as long."""
         while True:
             before = time.monotonic()
             await asyncio.sleep(_WATCH_S)
@@ -294,10 +298,16 @@ class Worker:
             if now - before > 2 * _WATCH_S:
                 # This loop was held up itself: what routers sent meanwhile is read first.
                 continue
-            silent_since = now - self._spec.config.router.worker_timeout_s
+            timeout_s = self._spec.config.router.worker_timeout_s
             for peer, state in list(self._peers.items()):
-                if state.last_seen < silent_since:
+                silent_s = now - state.last_seen
+                if silent_s > timeout_s and (
+                    silent_s > _PATIENCE * timeout_s or not await self._reaches(peer)
+                ):
                     await self._drop_peer(peer, state)
+
+    async def _reaches(self, peer: bytes) -> bool:
+        return await self._socket.reaches(peer, self._snapshot(await self._engine.load()))
 
     async def _drop_peer(self, peer: bytes, state: _Peer) -> None:
         logger.warning("router %r is silent: ending its %d requests", peer, len(state.request_ids))

@@ -2,183 +2,31 @@
 
 import asyncio
 import hashlib
-import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Awaitable, Callable
 
 import pytest
-import zmq.asyncio
 
-from cluster.config import TandemConfig, parse_config
-from cluster.engine import EngineDead, EngineOutput
+from cluster.engine import EngineDead
 from cluster.messages import (
     Cancel,
-    Decode,
     Failed,
-    Offer,
-    Offered,
-    Prefill,
-    Prefilled,
     Rejected,
     Tokens,
 )
-from cluster.names import FinishReason, HandoffId, RequestId, Role, RouterId, WorkerId
-from cluster.request_plane import Leg, WorkerLink
-from cluster.sockets import Sockets
-from cluster.worker import Worker
-from cluster.worker_spec import WorkerSpec
-from deploy.engines import simulated_engine
+from cluster.names import FinishReason, RequestId, Role
+from cluster.request_plane import WorkerLink
+from tests.integration.cluster.two_workers import (
+    DEADLY,
+    PROMPT,
+    TIMEOUT_S,
+    Cluster,
+    Router,
+    decode_message,
+    held,
+    prefill_message,
+    tokens_of,
+)
 from tests.waiting import eventually
-
-ROLES = {
-    Role.PREFILL: "prefill_workers.role:PrefillRole",
-    Role.DECODE: "decode_workers.role:DecodeRole",
-}
-NUM_BLOCKS = 256
-PROMPT = tuple(range(5, 305))
-TIMEOUT_S = 1.2
-DEADLY = "deadly"
-
-
-class MortalEngine:
-    """A simulated engine that dies of one request."""
-
-    def __init__(self, spec: WorkerSpec) -> None:
-        self._engine = simulated_engine(spec)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    async def outputs(self) -> AsyncIterator[Sequence[EngineOutput]]:
-        async for outputs in self._engine.outputs():
-            if any(output.request_id == DEADLY for output in outputs):
-                raise EngineDead("the engine is gone")
-            yield outputs
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> TandemConfig:
-    facts = {"vocab_size": 4096, "max_position_embeddings": 1024}
-    (tmp_path / "config.json").write_text(json.dumps(facts))
-    return parse_config(
-        {
-            "model": {"path": str(tmp_path), "chunk_tokens": 64, "block_size": 16},
-            "simulated": {
-                "num_blocks": NUM_BLOCKS,
-                "prefill_tokens_per_s": 5000,
-                "decode_step_s": 0.005,
-            },
-            "handoff": {"chunk_bytes": 8192, "stall_timeout_s": 1.0, "lease_s": 20},
-            "router": {"worker_timeout_s": TIMEOUT_S},
-        }
-    )
-
-
-@dataclass
-class Cluster:
-    """A prefill and a decode worker, and what it takes to talk to them."""
-
-    context: zmq.asyncio.Context
-    prefill: Worker
-    decode: Worker
-    endpoints: dict[Role, str]
-    runs: dict[Role, "asyncio.Task[None]"]
-
-    def link(self, role: Role, router: str = "router-0") -> WorkerLink:
-        worker_id = WorkerId(f"{role.value}-0")
-        sockets = Sockets(self.context)
-        return WorkerLink(sockets, RouterId(router), worker_id, self.endpoints[role], 5.0)
-
-    @asynccontextmanager
-    async def router(self, name: str = "router-0") -> AsyncIterator["Router"]:
-        router = Router(self.link(Role.PREFILL, name), self.link(Role.DECODE, name))
-        yield router
-        await router.prefill.close()
-        await router.decode.close()
-
-
-@dataclass
-class Router:
-    """One router's links to both workers."""
-
-    prefill: WorkerLink
-    decode: WorkerLink
-
-    async def prefilled(self, name: str, prompt: tuple[int, ...] = PROMPT) -> Offer:
-        leg = self.prefill.open(prefill_message(name, prompt))
-        return (await held(leg)).offer
-
-    async def generate(
-        self, name: str, offer: Offer | None, prompt: tuple[int, ...] = PROMPT, num: int = 6
-    ) -> list[Tokens]:
-        with self.decode.open(decode_message(name, offer, prompt, num)) as leg:
-            messages: list[Tokens] = []
-            while not messages or messages[-1].finish_reason is None:
-                message = await leg.receive()
-                assert isinstance(message, Tokens), message
-                messages.append(message)
-        return messages
-
-    async def is_idle(self) -> bool:
-        """Whether both workers' latest snapshots show every block free and no request."""
-        snapshots = [self.prefill.snapshot, self.decode.snapshot]
-        return all(
-            snapshot is not None
-            and snapshot.num_free_blocks == NUM_BLOCKS - 1
-            and snapshot.num_requests == snapshot.num_held_blocks == 0
-            for snapshot in snapshots
-        )
-
-
-async def held(leg: Leg) -> Prefilled:
-    """Return the answer that the prompt is computed and held."""
-    begun, answer = await leg.receive(), await leg.receive()
-    assert isinstance(begun, Offered) and isinstance(answer, Prefilled)
-    assert begun.offer == answer.offer
-    return answer
-
-
-def prefill_message(name: str, prompt: tuple[int, ...] = PROMPT) -> Prefill:
-    return Prefill(RequestId(name), HandoffId(f"h-{name}"), prompt, None, 0)
-
-
-def decode_message(
-    name: str, offer: Offer | None, prompt: tuple[int, ...] = PROMPT, num: int = 6
-) -> Decode:
-    return Decode(RequestId(name), prompt, {"max_tokens": num}, offer, None, 0)
-
-
-def tokens_of(messages: list[Tokens]) -> list[int]:
-    return [token for message in messages for token in message.token_ids]
-
-
-@pytest.fixture
-async def cluster(config: TandemConfig) -> AsyncIterator[Cluster]:
-    workers = {
-        role: Worker(
-            WorkerSpec(
-                WorkerId(f"{role.value}-0"),
-                role,
-                f"{__name__}:MortalEngine",
-                ROLES,
-                config,
-                (),
-                "127.0.0.1",
-            )
-        )
-        for role in Role
-    }
-    endpoints = {role: (await worker.start()).endpoint for role, worker in workers.items()}
-    runs = {role: asyncio.create_task(worker.run()) for role, worker in workers.items()}
-    context = zmq.asyncio.Context()
-    yield Cluster(context, workers[Role.PREFILL], workers[Role.DECODE], endpoints, runs)
-    for worker in workers.values():
-        await worker.stop()
-    await asyncio.gather(*runs.values(), return_exceptions=True)
-    context.destroy(linger=0)
 
 
 async def test_disaggregated_equals_local(cluster: Cluster) -> None:
@@ -387,6 +235,38 @@ async def test_a_silent_routers_requests_are_ended(cluster: Cluster) -> None:
         await eventually(alive.is_idle)
         await silent.prefill.close()
         await silent.decode.close()
+
+
+async def test_a_router_that_stands_still_for_a_while_keeps_its_streams(cluster: Cluster) -> None:
+    async with cluster.router("slow") as slow:
+        stream = slow.decode.open(decode_message("d", None, num=700))
+        await stream.receive()
+        beat = slow.decode.beat
+        slow.decode.beat = lambda: None  # type: ignore[method-assign]
+        await asyncio.sleep(2 * TIMEOUT_S)
+        slow.decode.beat = beat  # type: ignore[method-assign]
+        num_tokens = 1
+        while num_tokens < 700:
+            answer = await stream.receive()
+            assert isinstance(answer, Tokens), answer
+            num_tokens += len(answer.token_ids)
+
+
+async def test_a_router_whose_connection_is_gone_is_not_waited_for(cluster: Cluster) -> None:
+    async with cluster.router("alive") as alive:
+        dead = cluster.link(Role.DECODE, "dead")
+        stream = dead.open(decode_message("d", None, num=1000))
+        await stream.receive()
+        await eventually(lambda: _num_requests(alive.decode, 1))
+        dead._socket.close(linger=0)
+        began = asyncio.get_running_loop().time()
+        await eventually(lambda: _num_requests(alive.decode, 0))
+        assert asyncio.get_running_loop().time() - began < 2 * TIMEOUT_S
+        await dead.close()
+
+
+async def _num_requests(link: WorkerLink, num: int) -> bool:
+    return link.snapshot is not None and link.snapshot.num_requests == num
 
 
 async def _last(leg: object) -> Failed:
