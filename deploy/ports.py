@@ -1,4 +1,4 @@
-"""Whether the endpoint's port can be had, and who has it if not."""
+"""Ports that are free, and who has the endpoint's if it is not."""
 
 import errno
 import random
@@ -8,11 +8,17 @@ import psutil
 
 from cluster.errors import TandemError
 
-_RANGES_FROM, _RANGES_TO = 12_000, 32_000
+# Below what Linux gives to outgoing connections and to servers that ask for any port, one of which
+# would take a port between its choice and its use; above what `ray start` gives to Ray's workers.
+_RANGES = range(20_000, 28_000)
+_SINGLES = range(28_000, 30_000)
+_TRIES = 1000
+
+_reserved: list[socket.socket] = []
 
 
 class PortTaken(TandemError):
-    """Something else listens on the endpoint's port."""
+    """Something else listens on the port, or on all there are to choose from."""
 
 
 def require_free(host: str, port: int) -> None:
@@ -32,21 +38,36 @@ def require_free(host: str, port: int) -> None:
 
 
 def free_port() -> int:
-    """Return a port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Return a port that nothing listens on and that no other caller of this gets.
+
+    It is kept from other processes that ask here for as long as this process lives. `PortTaken`
+    if there is none.
+    """
+    return _reserve(1, _SINGLES).start
 
 
 def free_range(size: int) -> range:
-    """Return `size` ports in a row that nothing listens on, away from those of other users."""
-    while True:
-        # Below what Linux gives to outgoing connections, so that none takes one meanwhile.
-        first = random.SystemRandom().randrange(_RANGES_FROM, _RANGES_TO - size, size)
+    """Return `size` ports in a row of which the same holds, `size` being the same at each call."""
+    return _reserve(size, _RANGES)
+
+
+def _reserve(size: int, within: range) -> range:
+    for _ in range(_TRIES):
+        first = random.SystemRandom().randrange(within.start, within.stop - size, size)
         ports = range(first, first + size)
+        # Who chose a port is told by the UDP port of the same number, which nothing here uses for
+        # itself; the kernel frees it with the process.
+        mark = socket.socket(type=socket.SOCK_DGRAM)
+        try:
+            mark.bind(("127.0.0.1", first))
+        except OSError:
+            mark.close()
+            continue
         if all(_is_free(port) for port in ports):
+            _reserved.append(mark)
             return ports
+        mark.close()
+    raise PortTaken(f"no {size} free ports in a row from {within.start} to {within.stop - 1}")
 
 
 def _is_free(port: int) -> bool:
