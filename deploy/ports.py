@@ -14,8 +14,6 @@ _RANGES = range(20_000, 28_000)
 _SINGLES = range(28_000, 30_000)
 _TRIES = 1000
 
-_reserved: list[socket.socket] = []
-
 
 class PortTaken(TandemError):
     """Something else listens on the port, or on all there are to choose from."""
@@ -56,7 +54,7 @@ def _reserve(size: int, within: range) -> range:
         first = random.SystemRandom().randrange(within.start, within.stop - size, size)
         ports = range(first, first + size)
         # Who chose a port is told by the UDP port of the same number, which nothing here uses for
-        # itself; the kernel frees it with the process.
+        # itself; once detached, the kernel frees it with the process.
         mark = socket.socket(type=socket.SOCK_DGRAM)
         try:
             mark.bind(("127.0.0.1", first))
@@ -64,7 +62,7 @@ def _reserve(size: int, within: range) -> range:
             mark.close()
             continue
         if all(_is_free(port) for port in ports):
-            _reserved.append(mark)
+            mark.detach()
             return ports
         mark.close()
     raise PortTaken(f"no {size} free ports in a row from {within.start} to {within.stop - 1}")
