@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import zmq.asyncio
 
-from cluster.engine import Engine, EngineFacts, EngineLoad, EngineOutput
+from cluster.engine import Engine, EngineFacts, EngineOutput
 from cluster.errors import RequestInvalid
 from cluster.exporter import Exporter
 from cluster.messages import (
@@ -166,7 +166,7 @@ class Worker:
 
     async def _handle(self, peer: bytes, message: RouterMessage) -> None:
         if isinstance(message, Heartbeat):
-            await self._socket.send(peer, [self._snapshot(await self._engine.load())])
+            await self._socket.send(peer, [await self._snapshot()])
         elif isinstance(message, Cancel):
             if self._owners.get(message.request_id) == peer:
                 await self._cancel(message.request_id)
@@ -237,11 +237,12 @@ class Worker:
         if self._next_role is None or self._owners:
             return
         self._role_name, self._next_role = self._next_role, None
-        snapshot = self._snapshot(await self._engine.load())
+        snapshot = await self._snapshot()
         for peer in list(self._peers):
             await self._socket.send(peer, [snapshot])
 
-    def _snapshot(self, load: EngineLoad) -> WorkerSnapshot:
+    async def _snapshot(self) -> WorkerSnapshot:
+        load = await self._engine.load()
         now = time.monotonic()
         self._work.set_busy(bool(self._owners), now)
         self._metrics.show(load, len(self._owners), now, self._sockets.refused)
@@ -302,12 +303,10 @@ class Worker:
             for peer, state in list(self._peers.items()):
                 silent_s = now - state.last_seen
                 if silent_s > timeout_s and (
-                    silent_s > _PATIENCE * timeout_s or not await self._reaches(peer)
+                    silent_s > _PATIENCE * timeout_s
+                    or not await self._socket.reaches(peer, await self._snapshot())
                 ):
                     await self._drop_peer(peer, state)
-
-    async def _reaches(self, peer: bytes) -> bool:
-        return await self._socket.reaches(peer, self._snapshot(await self._engine.load()))
 
     async def _drop_peer(self, peer: bytes, state: _Peer) -> None:
         logger.warning("router %r is silent: ending its %d requests", peer, len(state.request_ids))

@@ -55,16 +55,14 @@ def _reserve(size: int, within: range) -> range:
         ports = range(first, first + size)
         # Who chose a port is told by the UDP port of the same number, which nothing here uses for
         # itself; once detached, the kernel frees it with the process.
-        mark = socket.socket(type=socket.SOCK_DGRAM)
-        try:
-            mark.bind(("127.0.0.1", first))
-        except OSError:
-            mark.close()
-            continue
-        if all(_is_free(port) for port in ports):
-            mark.detach()
-            return ports
-        mark.close()
+        with socket.socket(type=socket.SOCK_DGRAM) as mark:
+            try:
+                mark.bind(("127.0.0.1", first))
+            except OSError:
+                continue
+            if all(_is_free(port) for port in ports):
+                mark.detach()
+                return ports
     raise PortTaken(f"no {size} free ports in a row from {within.start} to {within.stop - 1}")
 
 
